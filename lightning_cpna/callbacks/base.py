@@ -1,0 +1,264 @@
+"""What every callback here shares: one set of masks a module, real optimizer steps, and a state that resumes."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_cpna._lightning import Callback, LightningModule, Trainer
+from lightning_cpna.callbacks.capture import Capture
+from lightning_cpna.masks import pack, unpack
+from lightning_cpna.moments import is_elementwise, optimizer_of
+from lightning_cpna.report import SparsityReport
+from lightning_cpna.sparsity import Budget, Sparsity, sparsity_of
+from lightning_cpna.tracing import trace_calls
+
+CHECKPOINT_KEY = "lightning_cpna"
+STATE_VERSION = 1
+_UNSERVED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
+
+
+@dataclass
+class Fit:
+    """What belongs to one fit: never copied, never saved.
+
+    Attributes:
+        sparsity: The module's masks, shared by all callbacks.
+        budgets: The budgets of this callback.
+        leads: Whether this is the first of our callbacks, which does what is done once.
+        optimizers: The trainer's optimizers.
+        handles: The hooks on them.
+        capture: Records the first batch.
+        graph_known: Whether the first batch is over.
+    """
+
+    sparsity: Sparsity
+    budgets: list[Budget]
+    leads: bool
+    optimizers: list[Optimizer] = field(default_factory=list)
+    handles: list[RemovableHandle] = field(default_factory=list)
+    capture: Capture | None = None
+    graph_known: bool = False
+
+    def release(self) -> None:
+        """Let go of optimizers and modules."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        if self.capture is not None:
+            self.capture.close()
+            self.capture = None
+
+
+class SparsityCallback(Callback):
+    """Base of the callbacks: masks that hold, steps that count, and a checkpoint that resumes.
+
+    A step is one real optimizer step of the optimizer that owns the first target: not a batch, and not a step that AMP's
+    gradient scaler skipped. Subclasses answer the four questions below.
+
+    Args:
+        name: Prefix of everything that is logged, and key of the callback's state; two callbacks need two names.
+    """
+
+    def __init__(self, name: str) -> None:
+        if not name:
+            raise ValueError("name is ''; allowed is any text that no other callback uses")
+        self.name = name
+        self._step = 0
+        self._handled_step = 0
+        self._restored = False
+        self._fit: Fit | None = None
+
+    # The four questions
+
+    def _find_budgets(self, sparsity: Sparsity, pl_module: LightningModule) -> list[Budget]:
+        """What should remain? Asked when a fit starts."""
+        raise NotImplementedError
+
+    def _plan(self, fit: Fit, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What will be done when? Asked after the first batch, when it is known which layer feeds which."""
+        raise NotImplementedError
+
+    def _after_step(self, fit: Fit, trainer: Trainer) -> None:
+        """What is done after this optimizer step?"""
+        raise NotImplementedError
+
+    def _values(self, fit: Fit) -> dict[str, float]:
+        """What is logged? Without the callback's name."""
+        raise NotImplementedError
+
+    # Identity and state
+
+    @property
+    def state_key(self) -> str:
+        """The key of this callback's state in a checkpoint."""
+        return f"{type(self).__qualname__}{{'name': {self.name!r}}}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the callback's state; the masks are in the checkpoint beside it."""
+        return {"version": STATE_VERSION, "step": self._step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the callback's state from a checkpoint.
+
+        Raises:
+            ValueError: If the state is of a version that this release does not know.
+        """
+        if state_dict.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"{self.name}: the checkpoint's state has version {state_dict.get('version')!r}; "
+                f"this release reads {STATE_VERSION}"
+            )
+        self._step = self._handled_step = state_dict["step"]
+        self._restored = True
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the masks, once."""
+        checkpoint.setdefault(CHECKPOINT_KEY, sparsity_of(pl_module).masks.state_dict())
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Load the masks, once."""
+        if CHECKPOINT_KEY in checkpoint and self._is_first(trainer):
+            sparsity_of(pl_module).masks.load_state_dict(checkpoint[CHECKPOINT_KEY])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a running fit, so that a callback can be copied and pickled at any time."""
+        return {**self.__dict__, "_fit": None}
+
+    def _is_first(self, trainer: Trainer) -> bool:
+        ours: list[Callback] = [c for c in trainer.callbacks if isinstance(c, SparsityCallback)]  # type: ignore[attr-defined]
+        return ours[0] is self
+
+    # Before training
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be served."""
+        strategy = type(trainer.strategy).__name__
+        if stage == "fit" and strategy.startswith(_UNSERVED):
+            raise NotImplementedError(
+                f"{type(self).__name__} cannot work with {strategy}, which splits or hides parameters; "
+                "use strategy='ddp' or a single device"
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the targets, and hold the masks that are there already (a resumed run, a second fit)."""
+        sparsity, leads = sparsity_of(pl_module), self._is_first(trainer)
+        if leads:
+            sparsity.graph, sparsity.untraced, sparsity.budgets = None, None, []
+            sparsity.find_targets(pl_module)
+            sparsity.masks.apply_(sparsity.tensors)
+        self._fit = Fit(sparsity, self._find_budgets(sparsity, pl_module), leads)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Watch the optimizers."""
+        fit = self._running()
+        if trainer.global_step == 0:
+            self._step = self._handled_step = 0
+        elif not self._step and not self._restored:
+            warnings.warn(
+                f"{self.name}: training goes on from step {trainer.global_step}, but there is no state of a "
+                f"{type(self).__name__} of this name: its schedule starts from step 0",
+                stacklevel=2,
+            )
+        self._restored = False
+        fit.optimizers = list(trainer.optimizers)
+        first = fit.budgets[0].names[0]
+        counted = optimizer_of(fit.optimizers, fit.sparsity.tensors[first])
+        if counted is None:
+            raise ValueError(f"targets: {first!r} is in no optimizer, so {self.name} would never count a step")
+        fit.handles.append(counted.register_step_post_hook(self._count_step))
+        if fit.leads:
+            fit.handles += [
+                optimizer.register_step_post_hook(lambda *_: fit.sparsity.masks.apply_(fit.sparsity.tensors))
+                for optimizer in fit.optimizers
+                if not is_elementwise(optimizer)
+            ]
+
+    # While training
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Watch the first batch of a fit, to see which layer feeds which."""
+        fit = self._running()
+        if fit.leads and not fit.graph_known:
+            names = {name for budget in fit.sparsity.budgets for name in budget.names}
+            fit.capture = Capture(pl_module, [fit.sparsity.tensors[name] for name in names])
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Mask the gradients, so that neither clipping nor moments see a connection that does not live."""
+        fit = self._running()
+        if fit.leads:
+            fit.sparsity.mask_gradients_()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Act, if the batch ended with a real optimizer step, and log."""
+        fit = self._running()
+        if fit.capture is not None:
+            self._trace(fit, pl_module, fit.capture)
+        if not fit.graph_known:
+            fit.graph_known = True
+            self._plan(fit, trainer, pl_module)
+        if self._step > self._handled_step:
+            self._handled_step = self._step
+            self._after_step(fit, trainer)
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (every and trainer.global_step % every == 0) or trainer.is_last_batch:
+            values = {f"{self.name}/{key}": float(value) for key, value in self._values(fit).items()}
+            connections = f"{self.name}/connections"
+            pl_module.log(connections, values.pop(connections), prog_bar=True)
+            pl_module.log_dict(values)
+
+    def _trace(self, fit: Fit, pl_module: LightningModule, capture: Capture) -> None:
+        fit.capture = None
+        fit.sparsity.calls = capture.finish()
+        try:
+            fit.sparsity.graph = trace_calls(pl_module, fit.sparsity.calls)
+        except Exception as error:  # the network is the user's; whoever needs the graph raises from this
+            fit.sparsity.untraced = error
+
+    def _count_step(self, optimizer: Optimizer, *_: Any) -> None:
+        found_inf = getattr(
+            optimizer, "found_inf", None
+        )  # a fused optimizer steps, but does nothing, when AMP found one
+        if found_inf is None or not bool(found_inf):
+            self._step += 1
+
+    def _running(self) -> Fit:
+        if self._fit is None:
+            raise RuntimeError(f"{self.name}: no fit is running")
+        return self._fit
+
+    # After training
+
+    def report(self, pl_module: LightningModule) -> SparsityReport:
+        """Count what is alive in all masked parameters of a module that is or was trained with this callback."""
+        return sparsity_of(pl_module).report()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the optimizers."""
+        self._running().release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the optimizers."""
+        if self._fit is not None:
+            self._fit.release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the fit."""
+        if self._fit is not None:
+            self._fit.release()
+            self._fit = None
+
+
+def agree(trainer: Trainer, decision: Tensor) -> Tensor:
+    """Let rank 0 decide: return its bool tensor on every rank."""
+    if trainer.world_size == 1:
+        return decision
+    packed: Tensor = trainer.strategy.broadcast(pack(decision))
+    return unpack(packed.cpu(), decision.shape).to(decision.device)

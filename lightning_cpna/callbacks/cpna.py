@@ -1,0 +1,301 @@
+"""CPNAPruning: connection pruning with normalisation and annealing, from a wide network down to an exact count."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_cpna._lightning import LightningModule, Trainer
+from lightning_cpna.callbacks.base import Fit, SparsityCallback, agree
+from lightning_cpna.graph import Graph
+from lightning_cpna.plots import connectivity, log_figure, plot_connectivity
+from lightning_cpna.rescale import rescalable, rescale_, verify_rescaling
+from lightning_cpna.schedules import Annealing, Geometric, Schedule, n_remaining, resolved_schedule
+from lightning_cpna.scores import Granularity, Score, ScoreInputs, ScoreKind
+from lightning_cpna.sparsity import Budget, Scope, Sparsity
+
+# When nothing is said: the fractions of the run before the first window and after the last one.
+PRETRAINING, FINE_TUNING = 0.25, 0.15
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Budgets that are annealed together.
+
+    Attributes:
+        budgets: What should remain.
+        schedule: When, in optimizer steps.
+        producers: The layers whose units are normalised, by weight name.
+    """
+
+    budgets: tuple[Budget, ...]
+    schedule: Schedule | Callable[[int, int, int], int]
+    producers: tuple[str, ...]
+
+    def acts(self, step: int) -> bool:
+        """Tell whether this step prunes."""
+        if not isinstance(self.schedule, Schedule):
+            return True
+        start, end, every = self.schedule.start, self.schedule.end, self.schedule.every
+        return step >= start and (step >= end or (step - start) % every == 0)
+
+    def normalizes(self, step: int) -> bool:
+        """Tell whether this step normalises."""
+        if not isinstance(self.schedule, Schedule):
+            return bool(self.producers)
+        start, every = self.schedule.start, self.schedule.every
+        inside = start <= step <= self.schedule.window_end()
+        return bool(self.producers) and inside and (step - start) % every == 0
+
+
+class CPNAPruning(SparsityCallback):
+    """Anneal connections, input features or units down to an exact number while the network trains.
+
+    With nothing but ``targets`` it does what works: it trains the wide network for a quarter of the run, then normalises
+    the units that feed the output layer (Eq. 3) and anneals its connections (Eq. 2), then anneals the earlier layers by
+    path score without normalisation, the last one first, and leaves the last 15 % of the run to train what remains.
+
+    Normalisation keeps the network's function, which is checked on the first training batch in float64; removed
+    connections never return; incoming connections of units that feed nothing any more go with them.
+
+    Args:
+        targets: From parameter name or glob (``"net.*.weight"``) to how much of it should remain: an int is a count, a
+            float in (0, 1) a density.
+        schedule: When, and how many stay: a ``Schedule``, or a function ``(step, n_start, n_end) -> int``. All targets
+            follow it together. None: one window after the other, as above.
+        granularity: What is annealed: "connection", whole input features ("feature": columns of the weight, by norm, the
+            feature selection with annealing of Barbu et al. 2017), or whole "unit"s with what they feed.
+        score: Which stay: the name of a score, a ``Score``, or a function of ``ScoreInputs``. None: "path" for
+            connections and units, "magnitude" for features.
+        normalize: Whether units that feed the targets are normalised at every step of the schedule's window. None: when
+            connections are annealed, wherever units feed them. True: likewise, and it is an error if none do. False: never
+            (the paper's CPA). The optimizer's moments are left alone, which trains best; "transform" scales them with
+            the weights and "reset" clears them.
+        scope: "layer": each parameter that a name matches has its own budget. "shared": they share one.
+        name: Prefix of what is logged and key of the saved state; two callbacks need two names.
+
+    Raises:
+        ValueError: If an argument is out of range (here, or when training starts and the module is known).
+
+    Logged (to every logger, and for ``ModelCheckpoint`` and ``EarlyStopping`` to monitor): ``{name}/connections``,
+    ``{name}/density``, ``{name}/at_target`` (1 once every count is reached), and for each target ``connections``,
+    ``target``, ``density``, ``threshold``, ``live_units``, ``live_features``; at the end a picture of the connectivity.
+
+    Reference:
+        Guo, She, Wu, Barbu: Finding deep local optima using network pruning, Algorithm 1.
+
+    Example:
+        >>> CPNAPruning({"net.0.weight": 24, "net.2.weight": 12}).name
+        'cpna'
+    """
+
+    def __init__(
+        self,
+        targets: dict[str, int | float],
+        *,
+        schedule: Schedule | Callable[[int, int, int], int] | None = None,
+        granularity: Granularity = "connection",
+        score: ScoreKind | Score | Callable[[ScoreInputs], Tensor] | None = None,
+        normalize: bool | Literal["transform", "reset"] | None = None,
+        scope: Scope = "layer",
+        name: str = "cpna",
+    ) -> None:
+        super().__init__(name)
+        _check("granularity", granularity, ("connection", "feature", "unit"))
+        _check("scope", scope, ("layer", "shared"))
+        _check("normalize", normalize, (True, False, "transform", "reset", None))
+        if not targets:
+            raise ValueError(
+                "targets is empty; allowed is at least one parameter name with the count that should remain"
+            )
+        for pattern, wanted in targets.items():
+            valid = (0.0 < wanted < 1.0) if isinstance(wanted, float) else (type(wanted) is int and wanted >= 1)
+            if not valid:
+                raise ValueError(
+                    f"targets: {pattern!r} is {wanted!r}; allowed is a count (int >= 1) or a density in (0, 1)"
+                )
+        self.targets = targets
+        self.schedule = schedule
+        self.granularity: Granularity = granularity
+        self.score = score
+        self.normalize = normalize
+        self.scope: Scope = scope
+        self._score = _score_of(score, granularity)
+        seed = self._score.seed if isinstance(self._score, Score) else 0
+        self._generator = torch.Generator().manual_seed(seed)
+        self._n_start: dict[str, int] = {}
+        self._thresholds: dict[str, float] = {}
+        self._stages: list[Stage] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step, the counts at which pruning began, and the random generator's state."""
+        return {
+            **super().state_dict(),
+            "n_start": dict(self._n_start),
+            "thresholds": dict(self._thresholds),
+            "generator": self._generator.get_state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state from a checkpoint."""
+        super().load_state_dict(state_dict)
+        self._n_start = dict(state_dict["n_start"])
+        self._thresholds = dict(state_dict["thresholds"])
+        self._generator.set_state(state_dict["generator"])
+
+    def _find_budgets(self, sparsity: Sparsity, pl_module: LightningModule) -> list[Budget]:
+        return sparsity.add_budgets(pl_module, self.targets, self.granularity, self.scope)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew, unless training goes on; check that the schedule's fractions can be turned into steps."""
+        super().on_train_start(trainer, pl_module)
+        if self._step == 0:
+            self._n_start, self._thresholds = {}, {}
+        resolved_schedule(self.schedule or Annealing(PRETRAINING, 1.0), trainer.estimated_stepping_batches)
+
+    def _plan(self, fit: Fit, trainer: Trainer, pl_module: LightningModule) -> None:
+        graph = fit.sparsity.graph
+        needs_graph = (
+            self.schedule is None
+            or self.granularity == "unit"
+            or (self.granularity == "connection" and self.normalize is not False)
+            or (isinstance(self._score, Score) and self._score.kind in ("path", "normalized"))
+        )
+        if graph is None and needs_graph:
+            raise ValueError(
+                f"{self.name}: the module could not be traced on its first training batch "
+                f"({type(fit.sparsity.untraced).__name__}: {fit.sparsity.untraced}); use normalize=False with "
+                "score='magnitude' and a schedule, which need no trace"
+            ) from fit.sparsity.untraced
+        if graph is None and fit.leads:
+            warnings.warn(
+                f"the module could not be traced, so dead units are neither counted nor removed: {fit.sparsity.untraced}",
+                stacklevel=2,
+            )
+        total = trainer.estimated_stepping_batches
+        staged = [(fit.budgets, self.schedule)] if self.schedule is not None else _in_windows(fit.budgets, graph)
+        self._stages = [
+            Stage(
+                tuple(budgets),
+                resolved_schedule(schedule, total),
+                self._producers(budgets, graph, first=position == 0),
+            )
+            for position, (budgets, schedule) in enumerate(staged)
+        ]
+        producers = list(dict.fromkeys(name for stage in self._stages for name in stage.producers))
+        if graph is not None and producers:
+            verify_rescaling(pl_module, fit.sparsity.calls, graph, producers)
+
+    def _producers(self, budgets: list[Budget], graph: Graph | None, first: bool) -> tuple[str, ...]:
+        """Return the layers whose units a stage normalises."""
+        names = [name for budget in budgets for name in budget.names]
+        if self.normalize is None:
+            names = [n for n in names if self.granularity == "connection" and (first or self.schedule is not None)]
+            names = [n for n in names if graph is None or n not in graph or _is_fed(graph, n)]
+        return () if self.normalize is False or graph is None else tuple(rescalable(graph, names))
+
+    @torch.no_grad()
+    def _after_step(self, fit: Fit, trainer: Trainer) -> None:
+        sparsity, moments = (
+            fit.sparsity,
+            self.normalize if self.normalize in ("transform", "reset") else "keep",
+        )
+        for stage in self._stages:
+            if stage.normalizes(self._step) and sparsity.graph is not None:
+                rescale_(
+                    sparsity.tensors,
+                    sparsity.graph,
+                    stage.producers,
+                    optimizers=fit.optimizers,
+                    moments=moments,
+                )
+            if stage.acts(self._step):
+                for budget in stage.budgets:
+                    self._prune(fit, trainer, budget, stage)
+
+    def _prune(self, fit: Fit, trainer: Trainer, budget: Budget, stage: Stage) -> None:
+        current = fit.sparsity.n_remaining(budget)
+        n_start = self._n_start.setdefault(budget.label, current)
+        n = n_remaining(stage.schedule, self._step, n_start, budget.n_end)
+        if n < current:
+            self._thresholds[budget.label] = fit.sparsity.prune_(
+                budget,
+                n,
+                self._score,
+                optimizers=fit.optimizers,
+                generator=self._generator,
+                agree=partial(agree, trainer),
+            )
+            fit.sparsity.remove_dead_units_(fit.optimizers)
+
+    def _values(self, fit: Fit) -> dict[str, float]:
+        names = {name for budget in fit.budgets for name in budget.names}
+        layers = [layer for layer in fit.sparsity.report().layers if layer.name in names]
+        reached = [fit.sparsity.n_remaining(budget) <= budget.n_end for budget in fit.budgets]
+        connections, size = sum(layer.connections for layer in layers), sum(layer.size for layer in layers)
+        values: dict[str, float] = {
+            "connections": connections,
+            "density": connections / size,
+            "at_target": all(reached),
+        }
+        for layer in layers:
+            values |= {
+                f"{layer.name}/connections": layer.connections,
+                f"{layer.name}/density": layer.density,
+                f"{layer.name}/live_units": layer.live_units,
+                f"{layer.name}/live_features": layer.live_features,
+            }
+        for budget in fit.budgets:
+            values[f"{budget.label}/target"] = budget.n_end
+            values[f"{budget.label}/remaining"] = fit.sparsity.n_remaining(budget)
+            values[f"{budget.label}/threshold"] = self._thresholds.get(budget.label, 0.0)
+        return values
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the connectivity and let go of the optimizers."""
+        fit = self._running()
+        if fit.leads and trainer.is_global_zero and fit.sparsity.graph is not None:
+            log_figure(
+                trainer.loggers,
+                f"{self.name}/connectivity",
+                lambda: plot_connectivity(connectivity(fit.sparsity)),
+                trainer.global_step,
+            )
+        super().on_train_end(trainer, pl_module)
+
+
+def _check(argument: str, value: object, allowed: tuple[object, ...]) -> None:
+    if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in allowed):
+        raise ValueError(f"{argument} is {value!r}; allowed is one of {', '.join(map(repr, allowed))}")
+
+
+def _score_of(
+    score: ScoreKind | Score | Callable[[ScoreInputs], Tensor] | None, granularity: Granularity
+) -> Score | Callable[[ScoreInputs], Tensor]:
+    if score is None:
+        return Score("magnitude" if granularity == "feature" else "path")
+    return Score(score) if isinstance(score, str) else score
+
+
+def _is_fed(graph: Graph, name: str) -> bool:
+    """Tell whether a layer is fed by units, known or not, and not by the input of the network."""
+    return bool(graph.feeding(name)) or graph[name].unknown_source is not None
+
+
+def _in_windows(budgets: list[Budget], graph: Graph | None) -> list[tuple[list[Budget], Schedule]]:
+    """Give every budget a window of its own, the layer next to the output first."""
+    order = {name: position for position, name in enumerate(graph or ())}
+    latest_first = sorted(budgets, key=lambda budget: -max(order.get(name, -1) for name in budget.names))
+    width = (1.0 - PRETRAINING - FINE_TUNING) / len(budgets)
+    starts = [PRETRAINING + position * width for position in range(len(budgets))]
+    schedules = [
+        Annealing(starts[0], starts[0] + width / 2),
+        *(Geometric(start, start + width) for start in starts[1:]),
+    ]
+    return [([budget], schedule) for budget, schedule in zip(latest_first, schedules, strict=True)]

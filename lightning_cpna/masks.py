@@ -1,0 +1,218 @@
+"""Which stay? Exact top-k selection, and the masks that say which connections live."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_cpna.targets import resolve
+
+STATE_VERSION = 1
+
+
+def keep_top(scores: Tensor, n: int, member_axis: int | None = None) -> Tensor:
+    """Mark the ``n`` largest scores; ties at the threshold go to the lowest index, so the count is exact.
+
+    Args:
+        scores: Float tensor of any shape; ``-inf`` marks what is never kept.
+        n: How many to keep (of each member).
+        member_axis: The axis of a stacked network's members; each keeps its own ``n``.
+
+    Returns:
+        Bool tensor of the shape of ``scores``, True at what stays.
+
+    Raises:
+        ValueError: If a score is NaN, or fewer than ``n`` scores are above ``-inf``.
+
+    Example:
+        >>> keep_top(torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0]), 3)
+        tensor([False,  True,  True,  True, False])
+    """
+    rows = scores.reshape(1, -1) if member_axis is None else scores.movedim(member_axis, 0).flatten(1)  # (member, cell)
+    if torch.isnan(rows).any():
+        raise ValueError(
+            f"scores: {int(torch.isnan(rows).sum())} of {rows.numel()} are NaN; pruning would be arbitrary"
+        )
+    if not 0 <= n <= rows.shape[1]:
+        raise ValueError(f"n is {n}; allowed is 0 to {rows.shape[1]}, the number of scores")
+    if n == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = torch.kthvalue(rows, rows.shape[1] - n + 1, dim=1, keepdim=True).values  # (member, 1)
+    if torch.isneginf(threshold).any():
+        raise ValueError(f"n is {n}; allowed is the number of scores above -inf or less")
+    keep = rows >= threshold
+    if int(keep.sum()) != n * rows.shape[0]:
+        tied = rows == threshold
+        above = rows > threshold
+        keep = above | (tied & (tied.cumsum(1) <= n - above.sum(1, keepdim=True)))
+    return keep.view(scores.shape) if member_axis is None else _unrow(keep, scores, member_axis)
+
+
+def _unrow(rows: Tensor, like: Tensor, member_axis: int) -> Tensor:
+    keep = torch.empty_like(like, dtype=torch.bool)
+    moved = keep.movedim(member_axis, 0)
+    moved.copy_(rows.view(moved.shape))
+    return keep
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Pack a bool tensor into bytes, eight cells each, on the CPU.
+
+    Example:
+        >>> pack(torch.tensor([True, False, True]))
+        tensor([5], dtype=torch.uint8)
+    """
+    bits = torch.zeros(math.ceil(mask.numel() / 8) * 8, dtype=torch.uint8)
+    bits[: mask.numel()] = mask.detach().flatten().cpu()
+    return (bits.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, shape: torch.Size | list[int]) -> Tensor:
+    """Undo ``pack`` for a mask of this shape."""
+    bits = (packed.view(-1, 1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    return bits.flatten()[: math.prod(shape)].bool().view(shape)
+
+
+class Mask:
+    """The mask of one dense parameter.
+
+    A connection has two facts: whether it is *live*, and whether it is *removed for good*. What is removed for good is
+    never live again; what is only not live may be regrown.
+
+    Attributes:
+        dead: Bool tensor of the parameter's shape, True where the connection is not live.
+        removed: Bool tensor of the parameter's shape, True where it is removed for good.
+        n_live: The number of live connections.
+    """
+
+    def __init__(self, dead: Tensor, removed: Tensor) -> None:
+        self.dead = dead
+        self.removed = removed
+        self.n_live = dead.numel() - int(dead.sum())
+
+    @property
+    def live(self) -> Tensor:
+        """Bool tensor of the parameter's shape, True where the connection lives."""
+        return ~self.dead
+
+    def remove_(self, where: Tensor) -> int:
+        """Remove connections for good; return how many live ones that took."""
+        before = self.n_live
+        self.removed |= where
+        self.dead |= where
+        self.n_live = self.dead.numel() - int(self.dead.sum())
+        return before - self.n_live
+
+    def apply_(self, tensor: Tensor) -> None:
+        """Set the connections that are not live to zero, in place."""
+        tensor.masked_fill_(self.dead, 0)
+
+    def to_(self, device: torch.device) -> None:
+        """Move the mask to a device, if it is elsewhere."""
+        if self.dead.device != device:
+            self.dead, self.removed = self.dead.to(device), self.removed.to(device)
+
+
+class Masks(Mapping[str, Mask]):
+    """The masks of a module, by canonical parameter name.
+
+    Zero is a legal live weight: what lives is what the mask says, never ``value != 0``.
+
+    Example:
+        >>> net = nn.Linear(3, 1, bias=False)
+        >>> masks = Masks()
+        >>> masks.add("weight", net.weight)
+        >>> masks["weight"].remove_(torch.tensor([[True, False, True]]))
+        2
+        >>> masks.apply_(dict(net.named_parameters()))
+        >>> int((net.weight != 0).sum()), masks["weight"].n_live
+        (1, 1)
+    """
+
+    def __init__(self) -> None:
+        self._masks: dict[str, Mask] = {}
+
+    def __getitem__(self, name: str) -> Mask:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def add(self, name: str, parameter: Tensor) -> None:
+        """Give a parameter a mask in which everything lives; one that it has already stays, on the parameter's device.
+
+        Raises:
+            ValueError: If the mask that is there has another shape than the parameter.
+        """
+        if name not in self._masks:
+            dead = torch.zeros_like(parameter, dtype=torch.bool, requires_grad=False)
+            self._masks[name] = Mask(dead, dead.clone())
+        mask = self._masks[name]
+        if mask.dead.shape != parameter.shape:
+            raise ValueError(
+                f"the mask of {name!r} has shape {tuple(mask.dead.shape)}, the parameter {tuple(parameter.shape)}: "
+                "it belongs to another architecture"
+            )
+        mask.to_(parameter.device)
+
+    def apply_(self, parameters: Mapping[str, Tensor]) -> None:
+        """Set every connection that is not live to zero, in place."""
+        with torch.no_grad():
+            for name, mask in self._masks.items():
+                mask.apply_(parameters[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the masks as packed CPU tensors and Python primitives; ``torch.load(weights_only=True)`` reads them."""
+        return {
+            "version": STATE_VERSION,
+            "masks": {
+                name: {"shape": list(mask.dead.shape), "dead": pack(mask.dead), "removed": pack(mask.removed)}
+                for name, mask in self._masks.items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace the masks by those of ``state_dict``.
+
+        Raises:
+            ValueError: If the state is of a version that this release does not know; nothing is changed then.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"masks: the state has version {state.get('version')!r}; this release reads {STATE_VERSION}"
+            )
+        self._masks = {
+            name: Mask(unpack(entry["dead"], entry["shape"]), unpack(entry["removed"], entry["shape"]))
+            for name, entry in state["masks"].items()
+        }
+
+
+def infer_masks(module: nn.Module, patterns: list[str]) -> Masks:
+    """Read masks off the zeros of a module, for instance one loaded from a file that holds weights only.
+
+    Exact where no live weight is zero, as with pruning; a weight regrown at zero and not yet trained counts as removed.
+
+    Args:
+        module: The module with zeros in its weights.
+        patterns: Which parameters, as in ``targets.resolve``.
+
+    Example:
+        >>> net = nn.Linear(3, 1, bias=False)
+        >>> _ = nn.init.constant_(net.weight, 1.0)
+        >>> net.weight.data[0, 1] = 0
+        >>> infer_masks(net, ["weight"])["weight"].live
+        tensor([[ True, False,  True]])
+    """
+    masks = Masks()
+    for targets in resolve(module, patterns).values():
+        for target in targets:
+            masks.add(target.name, target.parameter)
+            masks[target.name].remove_(target.parameter.detach() == 0)
+    return masks

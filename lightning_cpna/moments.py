@@ -1,0 +1,118 @@
+"""What happens to the optimizer? The state (momentum, second moments) of pruned and rescaled weights.
+
+State is found by shape: any tensor of ``optimizer.state[parameter]`` that has the parameter's shape belongs to its weights
+one by one. So SGD, Adam, AdamW, RMSprop, Adagrad and their kin are served alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+# How a state tensor scales when its weight is multiplied by s, so that its gradient is divided by s.
+_AS_GRADIENT = {"momentum_buffer", "exp_avg", "exp_inf", "grad_avg", "prev"}
+_AS_GRADIENT_SQUARED = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
+_AS_WEIGHT = {"ax"}
+_AS_WEIGHT_SQUARED = {"acc_delta"}
+
+_ELEMENTWISE = {
+    "SGD",
+    "Adam",
+    "AdamW",
+    "RMSprop",
+    "Adagrad",
+    "Adadelta",
+    "NAdam",
+    "RAdam",
+    "Adamax",
+    "Rprop",
+    "ASGD",
+    "Adafactor",
+}
+
+
+def is_elementwise(optimizer: Optimizer) -> bool:
+    """Tell whether a zero weight with zero gradient and zero moments is sure to stay zero under this optimizer.
+
+    True for torch's own element-by-element optimizers. Muon and LBFGS mix the entries of a tensor, and of a foreign
+    optimizer nothing is known: their weights are masked again after each step.
+
+    Example:
+        >>> is_elementwise(torch.optim.Adam([nn.Parameter(torch.zeros(1))]))
+        True
+    """
+    kind = type(optimizer)
+    return kind.__module__.startswith("torch.optim") and kind.__name__ in _ELEMENTWISE
+
+
+def optimizer_of(optimizers: Iterable[Optimizer], parameter: nn.Parameter) -> Optimizer | None:
+    """Return the optimizer that holds a parameter, or None."""
+    for optimizer in optimizers:
+        if any(parameter is p for group in optimizer.param_groups for p in group["params"]):
+            return optimizer
+    return None
+
+
+def _moments(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+    for key, value in optimizer.state.get(parameter, {}).items():
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim > 0:
+            yield key, value
+
+
+@torch.no_grad()
+def zero_moments_(optimizer: Optimizer, parameter: nn.Parameter, where: Tensor) -> None:
+    """Set the optimizer's state to zero for the weights at ``where`` (bool, the parameter's shape).
+
+    Example:
+        >>> w = nn.Parameter(torch.ones(2))
+        >>> optimizer = torch.optim.SGD([w], lr=0.1, momentum=0.9)
+        >>> w.sum().backward(); optimizer.step()
+        >>> zero_moments_(optimizer, w, torch.tensor([True, False]))
+        >>> optimizer.state[w]["momentum_buffer"]
+        tensor([0., 1.])
+    """
+    for _, value in _moments(optimizer, parameter):
+        value.masked_fill_(where, 0)
+
+
+@torch.no_grad()
+def reset_moments_(optimizer: Optimizer, parameter: nn.Parameter) -> None:
+    """Set the optimizer's state of all weights of a parameter to zero."""
+    for _, value in _moments(optimizer, parameter):
+        value.zero_()
+
+
+@torch.no_grad()
+def scale_moments_(optimizer: Optimizer, parameter: nn.Parameter, scale: Tensor) -> None:
+    """Transform the optimizer's state as the weights are multiplied by ``scale``.
+
+    Gradients of a rescaled weight are divided by the scale, so first moments are divided by it and second moments by its
+    square.
+
+    Args:
+        optimizer: The optimizer that holds the parameter.
+        parameter: The parameter that is (or was) multiplied.
+        scale: Tensor that broadcasts to the parameter's shape, positive.
+
+    Raises:
+        ValueError: If the optimizer keeps a state of the parameter's shape whose scaling is not known.
+    """
+    known = _AS_GRADIENT | _AS_GRADIENT_SQUARED | _AS_WEIGHT | _AS_WEIGHT_SQUARED
+    moments = dict(_moments(optimizer, parameter))
+    if unknown := moments.keys() - known:
+        raise ValueError(
+            f"moments='transform': how {type(optimizer).__name__}'s state {sorted(unknown)} scales is not known; "
+            "allowed is moments='keep' or 'reset'"
+        )
+    for key, value in moments.items():
+        if key in _AS_GRADIENT:
+            value.div_(scale)
+        elif key in _AS_GRADIENT_SQUARED:
+            value.div_(scale**2)
+        elif key in _AS_WEIGHT:
+            value.mul_(scale)
+        else:
+            value.mul_(scale**2)

@@ -1,0 +1,146 @@
+"""Pictures: of a schedule before training, and of the connections that are left after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lightning_cpna.report import live_mask
+
+if TYPE_CHECKING:
+    from lightning_cpna.schedules import Schedule
+    from lightning_cpna.sparsity import Sparsity
+
+POSITIVE, NEGATIVE, LIVE, DEAD = "#2166ac", "#b2182b", "#333333", "#dddddd"
+MAX_LINES = 2000  # chosen: more lines than that are a grey block
+
+
+def plot_schedule(schedule: Schedule, n_start: int, n_end: int, total_steps: int) -> Figure:
+    """Draw how many remain at each optimizer step.
+
+    Example:
+        >>> from lightning_cpna.schedules import Annealing
+        >>> plot_schedule(Annealing(0.2, 0.6), 1000, 10, total_steps=500).axes[0].get_ylabel()
+        'remaining'
+    """
+    resolved = schedule.resolved(total_steps)
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    steps = range(total_steps + 1)
+    axes.step(steps, [resolved.n_remaining(step, n_start, n_end) for step in steps], where="post", color=POSITIVE)
+    axes.axhline(n_end, color=DEAD, zorder=0)
+    axes.set(xlabel="optimizer step", ylabel="remaining", yscale="log", title=repr(schedule))
+    return figure
+
+
+@dataclass(frozen=True)
+class Connectivity:
+    """The live connections of a chain of layers, from the features to the outputs.
+
+    Attributes:
+        layers: For each layer its weight's name, and three tensors ``(n_connections,)``: which unit of the layer before
+            (int64), which unit of this layer (int64), and the weight (for convolutions the norm of the kernel).
+        sizes: The number of features, then the number of units of each layer.
+    """
+
+    layers: tuple[tuple[str, Tensor, Tensor, Tensor], ...]
+    sizes: tuple[int, ...]
+
+
+def connectivity(sparsity: Sparsity) -> Connectivity:
+    """Read the connectivity of the longest chain of traced layers that ends at the network's output.
+
+    Raises:
+        ValueError: If the module was not traced.
+    """
+    graph = sparsity.graph
+    if not graph:
+        raise ValueError("sparsity: the module was not traced, so it is not known which layer feeds which")
+    chain = [next((name for name in reversed(list(graph)) if graph[name].is_output), next(reversed(list(graph))))]
+    while feeding := graph.feeding(chain[0]):
+        chain.insert(0, feeding[-1].weight)
+    layers, sizes = [], []
+    for position, name in enumerate(chain):
+        target = sparsity.targets[name]
+        live = (
+            target.axes.view(live_mask(sparsity.masks, target))[0, ..., None].flatten(2).any(2).cpu()
+        )  # (unit, input)
+        w = target.axes.view(target.parameter.detach())[0, ..., None].float().flatten(2).cpu()  # (unit, input, kernel)
+        weight = w[..., 0] if w.shape[2] == 1 else w.norm(dim=2)
+        units, inputs = live.nonzero(as_tuple=True)
+        if position == 0:
+            sources = inputs
+            sizes.append(live.shape[1])
+        else:
+            owner = graph[name].sources - graph[chain[position - 1]].units.start  # (input,)
+            inside = (owner[inputs] >= 0) & (owner[inputs] < len(graph[chain[position - 1]].units))
+            units, inputs = units[inside], inputs[inside]
+            sources = owner[inputs]
+        layers.append((name, sources, units, weight[units, inputs]))
+        sizes.append(live.shape[0])
+    return Connectivity(tuple(layers), tuple(sizes))
+
+
+def plot_connectivity(result: Connectivity, feature_names: Iterable[str] | None = None) -> Figure:
+    """Draw which feature reaches the output through which unit: features at the bottom, outputs on top.
+
+    Blue connections are positive, red negative, their width the magnitude. Only what is connected is drawn; of more than
+    2000 connections of a layer the largest.
+
+    Args:
+        result: The connectivity.
+        feature_names: Names of the inputs, in their order.
+    """
+    names = list(feature_names or map(str, range(result.sizes[0])))
+    used = [_used(result, level) for level in range(len(result.sizes))]
+    figure = Figure(figsize=(10, 2 + 2 * len(result.layers)), layout="constrained")
+    axes = figure.subplots()
+    places = [{unit: (i + 0.5) / max(len(row), 1) for i, unit in enumerate(row)} for row in used]
+    for level, (_, sources, units, weight) in enumerate(result.layers):
+        largest = weight.abs().argsort(descending=True)[:MAX_LINES].tolist()
+        scale = float(weight.abs().max()) if len(weight) else 1.0
+        lines, colors, widths = [], [], []
+        for i in largest:
+            source, unit, value = int(sources[i]), int(units[i]), float(weight[i])
+            if source in places[level] and unit in places[level + 1]:
+                lines.append([(places[level][source], level), (places[level + 1][unit], level + 1)])
+                colors.append(POSITIVE if value >= 0 else NEGATIVE)
+                widths.append(0.3 + 2.7 * abs(value) / max(scale, 1e-12))
+        axes.add_collection(LineCollection(lines, colors=colors, linewidths=widths, alpha=0.7))
+    for level, place in enumerate(places):
+        axes.scatter(list(place.values()), [level] * len(place), s=max(8, 90 - len(place)), color=LIVE, zorder=3)
+    if len(used[0]) <= 60:
+        for feature, x in places[0].items():
+            axes.annotate(names[feature], (x, 0), xytext=(0, -14), textcoords="offset points", ha="center", fontsize=8)
+    titles = ["features", *(name for name, *_ in result.layers)]
+    labels = [f"{t}\n{len(row)} of {n}" for t, row, n in zip(titles, used, result.sizes, strict=True)]
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set(xlim=(0, 1), ylim=(-0.35, len(labels) - 0.8), xticks=[])
+    axes.set_title(" + ".join(f"{len(weight):,}" for *_, weight in result.layers) + " connections")
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return figure
+
+
+def _used(result: Connectivity, level: int) -> list[int]:
+    """Return the units of a level that are connected, in their order."""
+    units: set[int] = set()
+    if level < len(result.layers):
+        units |= set(result.layers[level][1].tolist())
+    if level > 0:
+        units |= set(result.layers[level - 1][2].tolist())
+    return sorted(units)
+
+
+def log_figure(loggers: Iterable[Any], tag: str, draw: Callable[[], Figure], step: int) -> None:
+    """Give a figure to every logger that takes figures (TensorBoard and its kin)."""
+    for logger in loggers:
+        if hasattr(logger.experiment, "add_figure"):
+            with torch.no_grad():
+                logger.experiment.add_figure(tag, draw(), global_step=step)

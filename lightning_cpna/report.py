@@ -1,0 +1,180 @@
+"""What is alive? Exact counts of connections, units and features."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lightning_cpna.graph import Graph
+from lightning_cpna.masks import Masks
+from lightning_cpna.targets import Target
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What is alive in one parameter.
+
+    Attributes:
+        name: Canonical name of the parameter.
+        connections: Live connections.
+        size: All connections, live or not.
+        target: How many connections, features or units should remain, or None if nobody asked.
+        live_units: Units with a live incoming connection and, where it is known what they feed, a live outgoing one.
+        units: All units.
+        live_features: Inputs with a live connection.
+        features: All inputs.
+    """
+
+    name: str
+    connections: int
+    size: int
+    target: int | None
+    live_units: int
+    units: int
+    live_features: int
+    features: int
+
+    @property
+    def density(self) -> float:
+        """The live fraction of the connections."""
+        return self.connections / self.size
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """What is alive in the masked parameters of a module.
+
+    Attributes:
+        layers: One report a masked parameter, in the order in which the masks were made.
+    """
+
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def connections(self) -> int:
+        """Live connections of all masked parameters."""
+        return sum(layer.connections for layer in self.layers)
+
+    @property
+    def size(self) -> int:
+        """All connections of all masked parameters, live or not."""
+        return sum(layer.size for layer in self.layers)
+
+    @property
+    def density(self) -> float:
+        """The live fraction of all masked connections."""
+        return self.connections / self.size if self.size else 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as Python primitives.
+
+        Example:
+            >>> SparsityReport((LayerReport("w", 2, 8, 2, 1, 2, 2, 4),)).as_dict()["totals"]
+            {'connections': 2, 'size': 8, 'density': 0.25}
+        """
+        return {
+            "layers": {layer.name: {**dataclasses.asdict(layer), "density": layer.density} for layer in self.layers},
+            "totals": {"connections": self.connections, "size": self.size, "density": self.density},
+        }
+
+    def table(self) -> Table:
+        """Return the report as a rich table."""
+        table = Table(title="What is alive")
+        table.add_column("parameter")
+        for title in ("connections", "target", "density", "live units", "live features"):
+            table.add_column(title, justify="right")
+        for layer in self.layers:
+            table.add_row(
+                layer.name,
+                f"{layer.connections:,} / {layer.size:,}",
+                "" if layer.target is None else f"{layer.target:,}",
+                f"{layer.density:.4g}",
+                f"{layer.live_units:,} / {layer.units:,}",
+                f"{layer.live_features:,} / {layer.features:,}",
+            )
+        table.add_section()
+        table.add_row("total", f"{self.connections:,} / {self.size:,}", "", f"{self.density:.4g}", "", "")
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=110, no_color=True)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get()
+
+
+def live_units(masks: Masks, graph: Graph | None, targets: Mapping[str, Target], name: str) -> Tensor:
+    """Tell which units of a layer live, bool ``(member, unit)``.
+
+    A unit lives if it has a live incoming connection and feeds something: the output of the network, or a further layer
+    through a live connection. Where the graph does not know what the units feed, the incoming connections decide.
+    """
+    incoming = targets[name].axes.view(live_mask(masks, targets[name])).flatten(2).any(2)  # (member, unit)
+    if graph is None or name not in graph or graph[name].lost or not graph.fed_by(name):
+        return incoming
+    return incoming & feeds_something(masks, graph, targets, name)
+
+
+def feeds_something(masks: Masks, graph: Graph, targets: Mapping[str, Target], name: str) -> Tensor:
+    """Tell which units of a traced layer have a live outgoing connection or are an output, bool ``(member, unit)``."""
+    names = [name, *(layer.weight for layer in graph.fed_by(name))]
+    live = {n: live_mask(masks, targets[n]) for n in names}
+    return graph.outgoing_norm(name, live) > 0
+
+
+def live_mask(masks: Masks, target: Target) -> Tensor:
+    """Return which connections of a parameter live; all of them if it has no mask."""
+    if target.name in masks:
+        return masks[target.name].live
+    return torch.ones_like(target.parameter, dtype=torch.bool, requires_grad=False)
+
+
+def sparsity_report(
+    masks: Masks,
+    targets: Mapping[str, Target],
+    graph: Graph | None = None,
+    wanted: Mapping[str, int] | None = None,
+) -> SparsityReport:
+    """Count what is alive.
+
+    Args:
+        masks: The masks of a module.
+        targets: Its parameters, from ``targets.all_targets``.
+        graph: Its traced layers; without them units count as live by their incoming connections alone.
+        wanted: How many should remain, by parameter name.
+
+    Example:
+        >>> from lightning_cpna.targets import all_targets
+        >>> net = torch.nn.Linear(4, 2, bias=False)
+        >>> masks = Masks()
+        >>> masks.add("weight", net.weight)
+        >>> _ = masks["weight"].remove_(torch.tensor([[True, True, True, False], [True] * 4]))
+        >>> layer = sparsity_report(masks, all_targets(net)).layers[0]
+        >>> layer.connections, layer.live_units, layer.live_features
+        (1, 1, 1)
+    """
+    layers = []
+    for name, mask in masks.items():
+        live = targets[name].axes.view(mask.live)  # (member, unit, input, *kernel)
+        features = live.movedim(2, 1).flatten(2).any(2)  # (member, input)
+        units = live_units(masks, graph, targets, name)
+        layers.append(
+            LayerReport(
+                name=name,
+                connections=mask.n_live,
+                size=mask.dead.numel(),
+                target=(wanted or {}).get(name),
+                live_units=int(units.sum()),
+                units=units.numel(),
+                live_features=int(features.sum()),
+                features=features.numel(),
+            )
+        )
+    return SparsityReport(tuple(layers))

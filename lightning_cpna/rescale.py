@@ -1,0 +1,156 @@
+"""The normalisation that leaves the function as it is: each unit's weights to norm 1, its scale to the layers it feeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from lightning_cpna.graph import Graph
+from lightning_cpna.moments import optimizer_of, reset_moments_, scale_moments_
+from lightning_cpna.targets import all_targets
+from lightning_cpna.tracing import Call, float64_copy, widen
+
+Moments = Literal["keep", "transform", "reset"]
+
+
+def rescalable(graph: Graph, names: Iterable[str]) -> list[str]:
+    """Find the layers whose units feed the named weights, all of which can be rescaled.
+
+    Raises:
+        ValueError: If nothing feeds one of the weights, or one of the layers cannot be rescaled; it says what stands in
+            the way.
+    """
+    producers: list[str] = []
+    for name in names:
+        if name not in graph:
+            raise ValueError(f"normalize=True: {name!r} is no Linear or Conv weight that the trace saw; {_WAYS_OUT}")
+        feeding = graph.feeding(name)
+        if not feeding:
+            reason = graph[name].unknown_source or "it reads the input of the network"
+            raise ValueError(f"normalize=True: no units are known to feed {name!r}: {reason}; {_WAYS_OUT}")
+        for layer in feeding:
+            if layer.obstacles:
+                raise ValueError(
+                    f"normalize=True: the units of {layer.weight!r}, which feed {name!r}, cannot be rescaled without "
+                    f"changing the network's function: {'; '.join(layer.obstacles)}; {_WAYS_OUT}"
+                )
+            if layer.weight not in producers:
+                producers.append(layer.weight)
+    return producers
+
+
+_WAYS_OUT = "use normalize=False (CPA), or score='normalized', which needs no rescaling"
+
+
+@torch.no_grad()
+def rescale_(
+    tensors: Mapping[str, Tensor],
+    graph: Graph,
+    producers: Iterable[str],
+    *,
+    optimizers: Iterable[Optimizer] = (),
+    moments: Moments = "keep",
+) -> None:
+    """Scale every unit of some layers to norm 1 and what it feeds by the old norm, in place (Guo et al., Eq. 3).
+
+    For unit j with norm ``c = ||w_j||`` (its bias not counted): ``w_j /= c``, ``b_j /= c``, and every weight that reads
+    the unit ``*= c``. Through positively homogeneous activations the function stays what it was. Units of norm zero (no
+    live inputs) are skipped: dividing their bias by nothing would destroy the network.
+
+    Args:
+        tensors: The module's parameters by canonical name.
+        graph: The traced layers.
+        producers: The layers whose units are normalised; ``rescalable`` finds and checks them.
+        optimizers: Where the moments live; only read for ``moments`` other than "keep".
+        moments: What happens to the optimizer's state of the rescaled weights. "keep" leaves it alone, which trains best
+            (4-D XOR: AUC 92.8 after pruning the hidden layer, 62.9 for "transform" and 50.4 for "reset"); "transform"
+            scales it as the gradients scale; "reset" sets it to zero.
+
+    Example:
+        >>> from lightning_cpna import trace
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+        >>> x = torch.randn(8, 3)
+        >>> before = net(x)
+        >>> rescale_(dict(net.named_parameters()), trace(net, x), ["0.weight"])
+        >>> torch.allclose(net[0].weight.norm(dim=1), torch.ones(4)), torch.allclose(net(x), before, atol=1e-6)
+        (True, True)
+    """
+    for name in producers:
+        layer = graph[name]
+        norm = graph.incoming_norm(name, tensors)  # (member, unit)
+        norm = torch.where(norm > torch.finfo(norm.dtype).tiny, norm, torch.ones_like(norm))
+        scales = [(name, layer.axes.view(tensors[name]), 1, 1 / norm)]
+        if layer.bias is not None:
+            scales.append((layer.bias, layer.axes.view_bias(tensors[layer.bias]), 1, 1 / norm))
+        for consumer in graph.fed_by(name):
+            inputs, units = graph.columns(consumer.weight, name, norm.device)
+            view = consumer.axes.view(tensors[consumer.weight])  # (member, unit, input, *kernel)
+            factor = norm.new_ones(view.shape[0], view.shape[2])
+            factor[:, inputs] = norm[:, units]
+            scales.append((consumer.weight, view, 2, factor))
+        for scaled, view, axis, factor in scales:
+            shape = [1] * view.ndim
+            shape[0], shape[axis] = factor.shape
+            factor = factor.view(shape)
+            view.copy_(view * factor)
+            if moments != "keep":
+                _follow(tensors[scaled], graph, scaled, factor.expand(view.shape), optimizers, moments)
+
+
+def _follow(
+    parameter: Tensor,
+    graph: Graph,
+    name: str,
+    factor: Tensor,
+    optimizers: Iterable[Optimizer],
+    moments: Moments,
+) -> None:
+    if not isinstance(parameter, nn.Parameter) or (optimizer := optimizer_of(optimizers, parameter)) is None:
+        return
+    if moments == "reset":
+        reset_moments_(optimizer, parameter)
+        return
+    scale = torch.empty_like(parameter)
+    if name in graph:
+        graph[name].axes.view(scale).copy_(factor)
+    else:
+        scale.view(factor.shape).copy_(factor)
+    scale_moments_(optimizer, parameter, scale)
+
+
+def verify_rescaling(module: nn.Module, calls: Mapping[str, Call], graph: Graph, producers: list[str]) -> None:
+    """Rescale a float64 copy and compare its outputs on real inputs.
+
+    Args:
+        module: The module; it is left as it is.
+        calls: Calls of its submodules, as in ``tracing.trace_calls``.
+        graph: Its traced layers.
+        producers: The layers that are to be rescaled.
+
+    Raises:
+        ValueError: If an output changes by more than 1e-9 of its largest magnitude.
+    """
+    with float64_copy(module) as twin:
+        before = [leaf for call in calls.items() for leaf in _outputs(twin, *call)]
+        rescale_({name: target.parameter for name, target in all_targets(twin).items()}, graph, producers)
+        after = [leaf for call in calls.items() for leaf in _outputs(twin, *call)]
+    for old, new in zip(before, after, strict=True):
+        difference = float((new - old).abs().max() / old.abs().max().clamp(min=torch.finfo(old.dtype).tiny))
+        if not difference <= 1e-9 and not math.isclose(float(old.abs().max()), 0.0):
+            raise ValueError(
+                f"normalize=True: rescaling the units of {', '.join(producers)} changes the network's output on the first "
+                f"batch by {difference:.1e} of its magnitude, more than 1e-9; {_WAYS_OUT}"
+            )
+
+
+def _outputs(module: nn.Module, prefix: str, call: Call) -> list[Tensor]:
+    args, kwargs = widen(call)
+    output = module.get_submodule(prefix)(*args, **kwargs)
+    output = vars(output) if hasattr(output, "__dataclass_fields__") else output
+    return [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]

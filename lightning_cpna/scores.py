@@ -1,0 +1,184 @@
+"""Who scores? A saliency score for each connection, and for each whole input feature or unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_cpna.graph import Graph
+from lightning_cpna.targets import Target
+
+Granularity = Literal["connection", "feature", "unit"]
+ScoreKind = Literal["magnitude", "normalized", "path", "gradient", "random"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Which score decides what stays.
+
+    Attributes:
+        kind: One of
+
+            - ``"magnitude"``: ``|w|``.
+            - ``"normalized"``: ``|w|`` times the norm of the unit that feeds it: what ``|w|`` would be after the
+              normalisation of Guo et al., Eq. 3, without rescaling anything.
+            - ``"path"``: ``|w_ij| * |v_j|`` with ``v_j`` the norm of what unit j feeds (1 at the output).
+            - ``"gradient"``: ``|w * dL/dw|`` with the gradient of the last batch (first-order Taylor).
+            - ``"random"``: uniform random numbers.
+        exponent: For ``"path"``: the score is multiplied by ``(c_i / max c)^exponent``, ``c_i`` the norm of input i's
+            path scores, so that connections of inputs that matter as a group stay. 0 switches it off.
+        seed: For ``"random"``: the seed of its generator.
+
+    Example:
+        >>> Score("path", exponent=12)
+        Score(kind='path', exponent=12, seed=0)
+    """
+
+    kind: ScoreKind = "path"
+    exponent: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        kinds = ScoreKind.__args__  # type: ignore[attr-defined]
+        if self.kind not in kinds:
+            raise ValueError(f"score is {self.kind!r}; allowed is one of {', '.join(kinds)}, a Score, or a function")
+        if self.exponent and self.kind != "path":
+            raise ValueError(f"exponent is {self.exponent} with kind={self.kind!r}; allowed is 0, or kind='path'")
+
+    def __call__(self, inputs: ScoreInputs) -> Tensor:
+        """Score the connections of one weight.
+
+        Args:
+            inputs: What is known of the weight.
+
+        Returns:
+            Float tensor of shape ``(member, unit, input, *kernel)``, larger is more salient.
+        """
+        w = inputs.weight.abs()  # (member, unit, input, *kernel)
+        if self.kind == "normalized":
+            return w * _along(inputs.feeding_norm, 2, w)
+        if self.kind == "path":
+            paths = w * _along(inputs.outgoing_norm, 1, w)
+            if self.exponent == 0:
+                return paths
+            group = group_norm(paths, "feature")  # (member, input)
+            return paths * _along((group / group.amax(1, keepdim=True)) ** self.exponent, 2, w)
+        if self.kind == "gradient":
+            return w * inputs.gradient.abs()
+        if self.kind == "random":
+            return torch.rand(w.shape, generator=inputs.generator).to(w)
+        return w
+
+
+@dataclass(frozen=True)
+class ScoreInputs:
+    """What a score may look at; a score asks only for what it needs.
+
+    Any importable function ``(ScoreInputs) -> Tensor`` can be a score: it answers one number a connection, larger is more
+    salient, in a shape that broadcasts to ``weight``.
+
+    Attributes:
+        target: The scored parameter.
+        tensors: All parameters of the module by canonical name.
+        graph: The traced layers, or None if the module could not be traced.
+        generator: A seeded CPU generator for scores that draw.
+    """
+
+    target: Target
+    tensors: Mapping[str, nn.Parameter]
+    graph: Graph | None
+    generator: torch.Generator
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, ``(member, unit, input, *kernel)``, in float32 or better."""
+        w = self.target.axes.view(self.target.parameter.detach())
+        return w.to(torch.promote_types(w.dtype, torch.float32))
+
+    @property
+    def gradient(self) -> Tensor:
+        """The weight's gradient in the last step, in the shape of ``weight``.
+
+        Raises:
+            ValueError: If there is none.
+        """
+        gradient = self.target.parameter.grad
+        if gradient is None:
+            raise ValueError(
+                f"score: {self.target.name!r} has no gradient at the end of the batch; call zero_grad() before the "
+                "backward pass instead of after the step, or choose a score that needs no gradient"
+            )
+        return self.target.axes.view(gradient).to(self.weight.dtype)
+
+    @property
+    def feeding_norm(self) -> Tensor:
+        """The norm of the unit that feeds each input, ``(member, input)``; 1 for inputs of the network."""
+        return self._traced("normalized").feeding_norm(self.target.name, self.tensors)
+
+    @property
+    def outgoing_norm(self) -> Tensor:
+        """The norm of the weights that each unit feeds, ``(member, unit)``; 1 for outputs of the network."""
+        return self._traced("path").outgoing_norm(self.target.name, self.tensors)
+
+    def _traced(self, kind: str) -> Graph:
+        name = self.target.name
+        if self.graph is None or name not in self.graph:
+            reason = "was not traced" if self.graph is None else "is no Linear or Conv weight that the trace saw"
+            raise ValueError(f"score: {kind!r} must know the neighbours of {name!r}, which {reason}; {_WAY_OUT}")
+        if kind == "path" and (lost := self.graph[name].lost):
+            raise ValueError(f"score: {kind!r} must know what the units of {name!r} feed, but {lost}; {_WAY_OUT}")
+        return self.graph
+
+
+_WAY_OUT = "use score='magnitude', which needs no neighbours"
+
+
+ScoreFunction = Callable[[ScoreInputs], Tensor]
+
+
+def any_in_group(live: Tensor, granularity: Granularity) -> Tensor:
+    """Tell which groups of connections have a live one, from bool ``(member, unit, input, *kernel)``."""
+    if granularity == "connection":
+        return live
+    return (live.movedim(2, 1) if granularity == "feature" else live).flatten(2).any(2)
+
+
+def _along(vector: Tensor, axis: int, w: Tensor) -> Tensor:
+    """Shape ``(member, n)`` so that it broadcasts along an axis of ``(member, unit, input, *kernel)``."""
+    shape = [1] * w.ndim
+    shape[0], shape[axis] = vector.shape
+    return vector.to(w).view(shape)
+
+
+def group_norm(scores: Tensor, granularity: Granularity) -> Tensor:
+    """Turn scores of connections into scores of groups, by the norm of their members.
+
+    Args:
+        scores: ``(member, unit, input, *kernel)``.
+        granularity: ``"feature"`` groups by input, ``"unit"`` by unit; ``"connection"`` leaves the scores as they are.
+
+    Returns:
+        ``(member, input)``, ``(member, unit)`` or the shape of ``scores``.
+
+    Example:
+        >>> group_norm(torch.tensor([[[3.0, 0.0], [4.0, 1.0]]]), "feature")
+        tensor([[5., 1.]])
+    """
+    if granularity == "connection":
+        return scores
+    grouped = scores.movedim(2, 1) if granularity == "feature" else scores
+    norms: Tensor = grouped.flatten(2).norm(dim=2)
+    return norms
+
+
+def ungroup(keep: Tensor, granularity: Granularity, like: Tensor) -> Tensor:
+    """Spread what ``group_norm`` grouped back to connections, in the shape of ``like`` ``(member, unit, input, *kernel)``."""
+    if granularity == "connection":
+        return keep
+    shape = [1] * like.ndim
+    shape[0], shape[2 if granularity == "feature" else 1] = keep.shape
+    return keep.view(shape).expand(like.shape)

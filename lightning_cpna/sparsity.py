@@ -1,0 +1,285 @@
+"""A module and its masks: what the algorithms act on, in a callback or in a loop of your own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_cpna.graph import Graph
+from lightning_cpna.masks import Masks, keep_top
+from lightning_cpna.moments import optimizer_of, zero_moments_
+from lightning_cpna.report import SparsityReport, feeds_something, live_mask, sparsity_report
+from lightning_cpna.scores import Granularity, ScoreFunction, ScoreInputs, any_in_group, group_norm, ungroup
+from lightning_cpna.targets import Target, all_targets, n_keep, resolve
+from lightning_cpna.tracing import Call
+
+Scope = Literal["layer", "shared"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many connections, features or units should remain of one parameter, or of several together.
+
+    Attributes:
+        label: What the user called it: a parameter's name, or the pattern of a shared budget.
+        names: The parameters.
+        granularity: What is counted.
+        n_end: How many should remain (of each member of a stacked network).
+    """
+
+    label: str
+    names: tuple[str, ...]
+    granularity: Granularity
+    n_end: int
+
+
+class Sparsity:
+    """What is known of one module's sparsity: its parameters, masks, traced layers and budgets.
+
+    Args:
+        module: Any module.
+
+    Attributes:
+        targets: The module's parameters by canonical name, with their axes.
+        tensors: The same, parameters only.
+        masks: The masks of those that have one.
+        graph: The traced layers (from ``trace``), or None as long as nobody traced the module.
+        calls: The calls that a callback traced.
+        untraced: Why it could not trace them.
+        budgets: Every budget that somebody works towards.
+
+    Example:
+        >>> from lightning_cpna import Score, trace
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> sparsity = Sparsity(net)
+        >>> sparsity.graph = trace(net, torch.randn(16, 4))
+        >>> [budget] = sparsity.add_budgets(net, {"2.weight": 3})
+        >>> _ = sparsity.prune_(budget, 3, Score("normalized"))
+        >>> sparsity.remove_dead_units_()
+        >>> [layer.connections for layer in sparsity.report().layers]
+        [3, 12]
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.targets: dict[str, Target] = {}
+        self.masks = Masks()
+        self.graph: Graph | None = None
+        self.calls: Mapping[str, Call] = {}
+        self.untraced: Exception | None = None
+        self.budgets: list[Budget] = []
+        self.find_targets(module)
+
+    def find_targets(self, module: nn.Module) -> None:
+        """Look up the module's parameters (anew), and check that the masks are masks of this module.
+
+        Raises:
+            ValueError: If a mask names a parameter that is not there, or has another shape.
+        """
+        self.targets = all_targets(module)
+        self.tensors = {name: target.parameter for name, target in self.targets.items()}
+        for name in self.masks:
+            if name not in self.targets:
+                raise ValueError(
+                    f"there is a mask for {name!r}, but no such parameter: it belongs to another architecture"
+                )
+            self.masks.add(name, self.targets[name].parameter)
+
+    def add_budgets(
+        self,
+        module: nn.Module,
+        wanted: Mapping[str, int | float],
+        granularity: Granularity = "connection",
+        scope: Scope = "layer",
+    ) -> list[Budget]:
+        """Turn what a user wants to remain into budgets, and give their parameters masks.
+
+        Args:
+            module: The module.
+            wanted: From name pattern to the count (int) or density (float in (0, 1)) that should remain.
+            granularity: What is counted: connections, input features or units.
+            scope: "layer": every parameter that a pattern matches gets its own budget. "shared": they share one.
+
+        Raises:
+            ValueError: If a pattern matches nothing, or more should remain than there are.
+        """
+        budgets = []
+        for pattern, targets in resolve(module, wanted).items():
+            for target in targets:
+                self.masks.add(target.name, target.parameter)
+            names = [target.name for target in targets]
+            for label, members in [(pattern, names)] if scope == "shared" else [(name, [name]) for name in names]:
+                total = sum(self._count(name, granularity, full=True) for name in members)
+                n_end = n_keep(wanted[pattern], total, label)
+                if n_end < len(members):
+                    raise ValueError(
+                        f"targets: {n_end} should remain of {label!r}, whose {len(members)} layers keep one each; "
+                        f"allowed is {len(members)} or more"
+                    )
+                budgets.append(Budget(label, tuple(members), granularity, n_end))
+        self.budgets += budgets
+        return budgets
+
+    def n_remaining(self, budget: Budget, without: Mapping[str, Tensor] | None = None) -> int:
+        """Count what remains (of each member), less the connections of ``without`` (bool, by parameter name)."""
+        return sum(self._count(name, budget.granularity, (without or {}).get(name)) for name in budget.names)
+
+    def _count(self, name: str, granularity: Granularity, without: Tensor | None = None, full: bool = False) -> int:
+        mask, axes = self.masks[name], self.targets[name].axes
+        members = 1 if axes.member is None else mask.dead.shape[axes.member]
+        if granularity == "connection" and without is None:
+            return (mask.dead.numel() if full else mask.n_live) // members
+        live = torch.ones_like(mask.dead) if full else mask.live if without is None else mask.live & ~without
+        return int(any_in_group(axes.view(live), granularity).sum()) // members
+
+    @torch.no_grad()
+    def prune_(
+        self,
+        budget: Budget,
+        n: int,
+        score: ScoreFunction,
+        *,
+        optimizers: Iterable[Optimizer] = (),
+        generator: torch.Generator | None = None,
+        agree: Callable[[Tensor], Tensor] = lambda keep: keep,
+    ) -> float:
+        """Remove for good, in place, all but the ``n`` best connections, features or units of a budget.
+
+        Args:
+            budget: Which parameters, and what is counted.
+            n: How many stay, exactly (of each member).
+            score: Scores the connections; features and units are scored by the norm of their connections' scores.
+            optimizers: Whose moments of the removed connections are set to zero.
+            generator: For scores that draw.
+            agree: Given the decision (bool), answers the one that every process takes.
+
+        Returns:
+            The lowest score that stayed.
+
+        Raises:
+            ValueError: If fewer than ``n`` remain, a score is NaN, or the score needs something that is not there.
+        """
+        generator = generator or torch.Generator().manual_seed(0)
+        grouped = []  # a parameter each, (member, cell)
+        for name in budget.names:
+            target = self.targets[name]
+            scores = score(ScoreInputs(target, self.tensors, self.graph, generator))
+            live = target.axes.view(self.masks[name].live)  # (member, unit, input, *kernel)
+            scores = group_norm(scores.expand(live.shape).masked_fill(~live, 0), budget.granularity)
+            grouped.append(scores.masked_fill(~any_in_group(live, budget.granularity), -torch.inf))
+        rows = torch.cat([scores.flatten(1) for scores in grouped], dim=1)
+        sizes = [scores[0].numel() for scores in grouped]
+        keep = agree(self._keep_every_layer(budget, rows, n, sizes))
+        lowest = float(rows[keep].min())
+        for name, part, scores in zip(budget.names, torch.split(keep, sizes, dim=1), grouped, strict=True):
+            self._remove_groups_(name, part.view(scores.shape), budget.granularity, optimizers)
+        return lowest
+
+    def _keep_every_layer(self, budget: Budget, rows: Tensor, n: int, sizes: list[int]) -> Tensor:
+        """Keep the ``n`` best, but of every layer at least the best one: no layer of a shared budget collapses."""
+        keep = keep_top(rows, n, member_axis=0)
+        empty = [i for i, part in enumerate(torch.split(keep, sizes, dim=1)) if not bool(part.any(1).all())]
+        if not empty:
+            return keep
+        names = ", ".join(budget.names[i] for i in empty)
+        warnings.warn(
+            f"the budget of {budget.label!r} would leave nothing of {names}; its best one is kept",
+            stacklevel=4,
+        )
+        floored = rows.clone()
+        for part in torch.split(floored, sizes, dim=1):
+            best = part.max(dim=1, keepdim=True)
+            part.scatter_(1, best.indices, torch.where(best.values.isneginf(), best.values, torch.inf))
+        return keep_top(floored, n, member_axis=0)
+
+    def _remove_groups_(
+        self, name: str, keep: Tensor, granularity: Granularity, optimizers: Iterable[Optimizer]
+    ) -> None:
+        where = torch.empty_like(self.masks[name].dead)
+        view = self.targets[name].axes.view(where)
+        view.copy_(ungroup(~keep, granularity, view))
+        if granularity == "unit":
+            self._remove_outgoing_(name, ~keep, optimizers)
+        self.remove_(name, where, optimizers)
+
+    def _remove_outgoing_(self, name: str, units: Tensor, optimizers: Iterable[Optimizer]) -> None:
+        """Remove the connections that some units (bool, ``(member, unit)``) feed."""
+        graph = self.graph
+        if graph is None or name not in graph or graph[name].lost or graph[name].is_output:
+            why = "the module was not traced" if graph is None else "it is no traced Linear or Conv weight"
+            if graph is not None and name in graph:
+                why = graph[name].lost or "they are the output of the network"
+            raise ValueError(f"granularity='unit': the units of {name!r} cannot be removed: {why}")
+        for consumer in graph.fed_by(name):
+            where = torch.zeros_like(self.tensors[consumer.weight], dtype=torch.bool)
+            view = consumer.axes.view(where)  # (member, unit, input, *kernel)
+            inputs, owners = graph.columns(consumer.weight, name, units.device)
+            columns = torch.zeros(view.shape[0], view.shape[2], dtype=torch.bool, device=units.device)
+            columns[:, inputs] = units[:, owners]
+            view.copy_(ungroup(columns, "feature", view))
+            self.remove_(consumer.weight, where, optimizers)
+
+    @torch.no_grad()
+    def remove_(self, name: str, where: Tensor, optimizers: Iterable[Optimizer] = ()) -> None:
+        """Remove connections for good, in place: mask, weights, gradients and moments.
+
+        Args:
+            name: The parameter.
+            where: Which connections, bool of the parameter's shape.
+            optimizers: Whose moments of them are set to zero.
+        """
+        parameter = self.targets[name].parameter
+        self.masks.add(name, parameter)
+        self.masks[name].remove_(where)
+        parameter.masked_fill_(where, 0)
+        if parameter.grad is not None:
+            parameter.grad.masked_fill_(where, 0)
+        if (optimizer := optimizer_of(optimizers, parameter)) is not None:
+            zero_moments_(optimizer, parameter, where)
+
+    def remove_dead_units_(self, optimizers: Iterable[Optimizer] = ()) -> None:
+        """Remove the incoming connections of units that feed nothing, unless a budget needs them to reach its count."""
+        if (graph := self.graph) is None:
+            return
+        for name in reversed(list(graph)):
+            if graph[name].lost or graph[name].is_output or not graph.fed_by(name):
+                continue
+            dead = ~feeds_something(self.masks, graph, self.targets, name)  # (member, unit)
+            if not bool(dead.any()):
+                continue
+            live = live_mask(self.masks, self.targets[name])
+            where = torch.empty_like(live)
+            view = self.targets[name].axes.view(where)
+            view.copy_(ungroup(dead, "unit", view))
+            where &= live
+            budgets = [budget for budget in self.budgets if name in budget.names]
+            if bool(where.any()) and all(self.n_remaining(b, {name: where}) >= b.n_end for b in budgets):
+                self.remove_(name, where, optimizers)
+
+    def mask_gradients_(self) -> None:
+        """Set the gradients of connections that do not live to zero, in place; call it before each optimizer step."""
+        for name, mask in self.masks.items():
+            gradient = self.tensors[name].grad
+            if gradient is not None and mask.n_live < mask.dead.numel():
+                mask.apply_(gradient)
+
+    def report(self) -> SparsityReport:
+        """Count what is alive in every masked parameter."""
+        wanted = {budget.names[0]: budget.n_end for budget in self.budgets if len(budget.names) == 1}
+        return sparsity_report(self.masks, self.targets, self.graph, wanted)
+
+
+_SPARSITY: WeakKeyDictionary[nn.Module, Sparsity] = WeakKeyDictionary()
+
+
+def sparsity_of(module: nn.Module) -> Sparsity:
+    """Return what is known of a module's sparsity, the same for everyone who asks; made at the first time."""
+    if module not in _SPARSITY:
+        _SPARSITY[module] = Sparsity(module)
+    return _SPARSITY[module]

@@ -1,0 +1,156 @@
+"""Which tensors? Name patterns to parameters, and which axis of a weight is what."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.parameter import UninitializedParameter
+
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Which axis of a weight holds its units, which its inputs and which (if any) the members of a stacked network.
+
+    The defaults fit ``Linear``, ``Conv`` and recurrent weights. A module with another layout says so in a class
+    attribute ``parameter_axes``, a dict from the parameter's local name to its ``Axes``.
+
+    Example:
+        >>> stacked = torch.zeros(7, 3, 5)  # seven copies of a 3-in, 5-out layer, stored (member, in, out)
+        >>> Axes(unit=2, input=1, member=0).view(stacked).shape
+        torch.Size([7, 5, 3])
+    """
+
+    unit: int = 0
+    input: int | None = 1
+    member: int | None = None
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """View a weight as ``(member, unit, input, *kernel)``; a missing axis has size 1. Writing to it writes through."""
+        order = [axis for axis in (self.member, self.unit, self.input) if axis is not None]
+        tensor = tensor.movedim(order, tuple(range(len(order))))
+        if self.member is None:
+            tensor = tensor.unsqueeze(0)
+        return tensor.unsqueeze(2) if self.input is None else tensor
+
+    def view_bias(self, bias: Tensor) -> Tensor:
+        """View the bias of a weight with these axes as ``(member, unit)``; writing to it writes through."""
+        return bias.unsqueeze(0) if self.member is None else bias.reshape(bias.shape[self.member], -1)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parameter that masks act on."""
+
+    name: str
+    parameter: nn.Parameter
+    axes: Axes
+
+
+def canonical_name(name: str) -> str:
+    """Strip what wrappers (``torch.compile``, activation checkpointing) put into a parameter's name.
+
+    Example:
+        >>> canonical_name("net._orig_mod.0.weight")
+        'net.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def axes_of(module: nn.Module, local_name: str) -> Axes:
+    """Return the axes of a module's own parameter: what the module declares, else what its type says."""
+    declared: dict[str, Axes] = getattr(module, "parameter_axes", {})
+    if local_name in declared:
+        return declared[local_name]
+    parameter = getattr(module, local_name)
+    if parameter.ndim < 2:
+        return Axes(unit=0, input=None)
+    return Axes(unit=1, input=0) if isinstance(module, _ConvTransposeNd) else Axes()
+
+
+def all_targets(module: nn.Module) -> dict[str, Target]:
+    """List every parameter of a module by canonical name, in the module's order; a shared parameter appears once.
+
+    Example:
+        >>> list(all_targets(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1, bias=False))))
+        ['0.weight', '0.bias', '2.weight']
+    """
+    found: dict[str, Target] = {}
+    seen: set[int] = set()
+    for module_name, owner in module.named_modules():
+        for local_name, parameter in owner.named_parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                name = canonical_name(f"{module_name}.{local_name}" if module_name else local_name)
+                axes = Axes() if isinstance(parameter, UninitializedParameter) else axes_of(owner, local_name)
+                found[name] = Target(name, parameter, axes)
+    return found
+
+
+def resolve(module: nn.Module, patterns: Iterable[str]) -> dict[str, list[Target]]:
+    """Find the parameters that each pattern names.
+
+    Args:
+        module: The module whose parameters are searched.
+        patterns: Exact parameter names or shell globs (``"net.*.weight"``), matched against canonical names.
+
+    Returns:
+        For each pattern its targets, in the module's order.
+
+    Raises:
+        ValueError: If a pattern matches nothing, two patterns match one parameter, or a parameter of a lazy module
+            has no shape yet.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> [target.name for target in resolve(net, ["*.weight"])["*.weight"]]
+        ['0.weight', '2.weight']
+    """
+    available = all_targets(module)
+    owner: dict[str, str] = {}
+    resolved: dict[str, list[Target]] = {}
+    for pattern in patterns:
+        names = [name for name in available if name == pattern or fnmatchcase(name, pattern)]
+        if not names:
+            close = difflib.get_close_matches(pattern, available, n=3, cutoff=0.5) or list(available)[:10]
+            raise ValueError(f"targets: {pattern!r} matches no parameter; there are {', '.join(close) or 'none'}")
+        for name in names:
+            if name in owner:
+                raise ValueError(
+                    f"targets: {name!r} is matched by both {owner[name]!r} and {pattern!r}; one pattern may own it"
+                )
+            if isinstance(available[name].parameter, UninitializedParameter):
+                raise ValueError(f"targets: {name!r} has no shape yet; run a batch through the lazy module before fit")
+            owner[name] = pattern
+        resolved[pattern] = [available[name] for name in names]
+    return resolved
+
+
+def n_keep(wanted: int | float, n: int, name: str) -> int:
+    """Turn what the user wants to remain into a count: an int is the count, a float in (0, 1) the fraction kept.
+
+    Args:
+        wanted: The count or the density.
+        n: How many there are.
+        name: What is counted, for the error.
+
+    Raises:
+        ValueError: If fewer than one or more than ``n`` should remain.
+
+    Example:
+        >>> n_keep(0.25, 10, "net.0.weight"), n_keep(7, 10, "net.0.weight"), n_keep(0.001, 10, "net.0.weight")
+        (3, 7, 1)
+    """
+    if isinstance(wanted, float):
+        if not 0.0 < wanted < 1.0:
+            raise ValueError(f"targets: the density of {name!r} is {wanted}; allowed is a float in (0, 1) or a count")
+        return max(1, int(wanted * n + 0.5))
+    if not 1 <= wanted <= n:
+        raise ValueError(f"targets: {wanted} should remain of {name!r}, which has {n}; allowed is 1 to {n}")
+    return wanted
