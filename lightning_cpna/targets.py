@@ -22,6 +22,7 @@ class Axes:
     attribute ``parameter_axes``, a dict from the parameter's local name to its ``Axes``.
 
     Example:
+        >>> import torch
         >>> stacked = torch.zeros(7, 3, 5)  # seven copies of a 3-in, 5-out layer, stored (member, in, out)
         >>> Axes(unit=2, input=1, member=0).view(stacked).shape
         torch.Size([7, 5, 3])

@@ -255,8 +255,8 @@ class _Builder(TorchFunctionMode):
         elif name in _RESHAPING and all(flow.labels is not None for flow in inputs):
             labels = self._relabel(func, args, kwargs)
         elif first is not None and name in _POOLING:
-            d = int(name[-2])
-            labels = [first[(..., *(slice(0, 1) for _ in range(d)))].expand(result.shape) for result in results]
+            corner = first.flatten(-int(name[-2]))[..., 0]  # labels do not change along the pooled dimensions
+            labels = [corner.view(*corner.shape, *[1] * int(name[-2])).expand(result.shape) for result in results]
         elif first is not None and name in _REDUCING:
             low = first.amin(*_axes_of_reduction(args, kwargs))
             high = first.amax(*_axes_of_reduction(args, kwargs))
