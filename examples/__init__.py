@@ -1,0 +1,1 @@
+"""Examples: the papers' experiments rebuilt."""

@@ -1,0 +1,1 @@
+"""The k-dimensional XOR problem of Guo, She, Wu and Barbu: `python -m examples.xor`."""

@@ -1,0 +1,105 @@
+"""The table of the XOR experiment beside the paper's, from ``results.json``: `python -m examples.xor.table FILE...`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from examples.xor.figures import TITLES
+
+# Guo et al., Table 1: test AUC in percent by k and method; FSA + CPNA is not theirs.
+PAPER = {
+    3: {"nn": 82.53, "cpna_hidden": 96.58, "cpna_all": 99.58},
+    4: {"nn": 72.17, "cpna_hidden": 95.31, "cpna_all": 98.31},
+    5: {"nn": 66.24, "cpna_hidden": 80.03, "cpna_all": 96.83},
+}
+PAPER_SIZES = {3: 60, 4: 40, 5: 20}
+HEADER = [
+    "problem",
+    "method",
+    "seeds",
+    "test AUC %: mean ± std",
+    "best",
+    "> 95",
+    "paper (best)",
+    "connections",
+    "s a run",
+]
+START, END = "<!-- results of examples.xor -->", "<!-- end of results -->"
+
+
+def rows(results: list[dict[str, Any]]) -> list[list[str]]:
+    """Summarise runs: a row for each problem and method, in the order in which they come."""
+    groups: dict[tuple[int, int, int, str], list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result["k"], result["p"], result["hidden"], result["method"]), []).append(result)
+    found = []
+    for (k, p, hidden, method), runs in groups.items():
+        aucs = [run["test_auc"] for run in runs]
+        spread = statistics.stdev(aucs) if len(aucs) > 1 else 0.0
+        paper = PAPER[k].get(method) if p == PAPER_SIZES[k] else None
+        counts = sorted({" + ".join(f"{n:,}" for n in run["connections"].values()) for run in runs})
+        found.append(
+            [
+                f"{k}-D, p = {p}, H = {hidden}",
+                TITLES[method],
+                str(len(runs)),
+                f"{statistics.mean(aucs):.2f} ± {spread:.2f}",
+                f"{max(aucs):.2f}",
+                f"{sum(auc > 95 for auc in aucs)} of {len(aucs)}",
+                "" if paper is None else f"{paper:.2f}",
+                " / ".join(counts),
+                f"{statistics.mean(run['seconds'] for run in runs):.0f}",
+            ]
+        )
+    return found
+
+
+def rich_table(results: list[dict[str, Any]]) -> Table:
+    """Return the table for a terminal."""
+    table = Table(title="k-D XOR in p dimensions")
+    for position, title in enumerate(HEADER):
+        table.add_column(title, justify="left" if position < 2 else "right")
+    for row in rows(results):
+        table.add_row(*row)
+    return table
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """Return the table for a README."""
+    lines = [HEADER, ["---", "---", *["---:"] * (len(HEADER) - 2)], *rows(results)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def load(files: list[Path]) -> list[dict[str, Any]]:
+    """Read runs from several ``results.json``."""
+    return [run for file in files for run in json.loads(file.read_text())]
+
+
+def fill(text: str, results: list[dict[str, Any]]) -> str:
+    """Put the table between the two marks of a README."""
+    before, rest = text.split(START)
+    _, after = rest.split(END)
+    return f"{before}{START}\n{markdown(results)}\n{END}{after}"
+
+
+def main() -> None:
+    """Print the table; with ``--readme`` put it into that file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", type=Path, nargs="+", help="results.json of examples.xor")
+    parser.add_argument("--readme", type=Path, help="a file with the marks of the table")
+    args = parser.parse_args()
+    results = load(args.files)
+    Console().print(rich_table(results))
+    if args.readme:
+        args.readme.write_text(fill(args.readme.read_text(), results))
+
+
+if __name__ == "__main__":
+    main()

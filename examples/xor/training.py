@@ -1,0 +1,161 @@
+"""One training run: a method on one seed's data, through the Trainer and the callbacks."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from examples.xor.problem import Phases, XORDataModule, XORNet
+from examples.xor.recipes import HIDDEN, INPUT, callbacks, recipe
+from lightning_cpna import Connectivity, connectivity, sparsity_of, trace
+
+VALIDATIONS = 60  # chosen: enough points for a curve
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train: the problem, the method, the seed of data and initialisation."""
+
+    k: int
+    p: int
+    n: int
+    hidden: int
+    method: str
+    seed: int
+
+
+@dataclass
+class Run:
+    """What a job came to.
+
+    Attributes:
+        job: The job.
+        test_auc: Test AUC at the end, in percent.
+        train_auc: Training AUC at the end, in percent.
+        connections: Live connections by layer.
+        live_features: Inputs with a live connection.
+        seconds: Wall time of the fit.
+        history: The curves: one list of values for each name, ``step`` among them.
+        boundaries: The steps at which the phases end.
+        connectivity: What is connected to what in the end.
+    """
+
+    job: Job
+    test_auc: float
+    train_auc: float
+    connections: dict[str, int]
+    live_features: int
+    seconds: float
+    history: dict[str, list[float]]
+    boundaries: list[int]
+    connectivity: Connectivity
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what belongs into ``results.json``."""
+        return {
+            **asdict(self.job),
+            "test_auc": round(self.test_auc, 4),
+            "train_auc": round(self.train_auc, 4),
+            "connections": self.connections,
+            "live_features": self.live_features,
+            "seconds": round(self.seconds, 2),
+        }
+
+
+@dataclass
+class History(pl.Callback):
+    """Keeps the curves of a run, and shows the outside how far it is.
+
+    Attributes:
+        progress: A shared array of steps done, one element a job, or None.
+        index: Which element is this run's.
+        curves: The values at every validation.
+    """
+
+    progress: np.ndarray[Any, Any] | None = None
+    index: int = 0
+    curves: dict[str, list[float]] = field(default_factory=dict)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Tell how far the run is."""
+        if self.progress is not None:
+            self.progress[self.index] = trainer.global_step
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the values of this moment."""
+        if trainer.sanity_checking:
+            return
+        masks = sparsity_of(pl_module).masks
+        values = {"step": trainer.global_step}
+        values |= {name: float(trainer.callback_metrics[name]) for name in trainer.callback_metrics if "/" in name}
+        for label, name in (("connections/hidden", HIDDEN), ("connections/input", INPUT)):
+            values[label] = masks[name].n_live if name in masks else pl_module.get_parameter(name).numel()
+        for name, value in values.items():
+            self.curves.setdefault(name, []).append(value)
+
+
+def train(job: Job, out: Path, progress: np.ndarray[Any, Any] | None = None, index: int = 0) -> Run:
+    """Train a job.
+
+    Args:
+        job: What to train.
+        out: The folder for the TensorBoard run.
+        progress: A shared array of steps done.
+        index: This run's element of it.
+    """
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    torch.set_num_threads(1)
+    pl.seed_everything(job.seed, verbose=False)
+    steps = recipe(job.k, job.method)
+    phases = [phase for phase, _ in steps]
+    data = XORDataModule(job.k, job.p, job.n, job.seed, phases)
+    module = XORNet(job.p, job.hidden, phases, job.n)
+    history = History(progress, index)
+    name = f"{job.k}d_p{job.p}_{job.method}"
+    logger = TensorBoardLogger(out / "tensorboard", name=name, version=f"seed_{job.seed}", default_hp_metric=False)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        val_check_interval=max(1, len(data.batches) // VALIDATIONS),
+        log_every_n_steps=20,
+        devices=1,
+        logger=logger,
+        callbacks=[Phases(phases, job.n), *callbacks(steps, job.n), history],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    started = time.perf_counter()
+    trainer.fit(module, data)
+    seconds = time.perf_counter() - started
+    results = {
+        key: value for metrics in trainer.validate(module, data, verbose=False) for key, value in metrics.items()
+    }
+    logger.log_hyperparams(
+        asdict(job), {"final/auc_test": results["auc/test"], "final/auc_train": results["auc/train"]}
+    )
+    logger.finalize("success")
+    sparsity = sparsity_of(module)
+    sparsity.graph = sparsity.graph or trace(module, data.test.x[:8])
+    chain = connectivity(sparsity)
+    _, inputs, _, _ = chain.layers[0]
+    return Run(
+        job=job,
+        test_auc=100 * results["auc/test"],
+        train_auc=100 * results["auc/train"],
+        connections={layer: len(weight) for layer, _, _, weight in chain.layers},
+        live_features=len(set(inputs.tolist())),
+        seconds=seconds,
+        history=history.curves,
+        boundaries=[sum(phase.steps(job.n) for phase in phases[: i + 1]) for i in range(len(phases))],
+        connectivity=chain,
+    )
