@@ -32,7 +32,8 @@ def keep_top(scores: Tensor, n: int, member_axis: int | None = None) -> Tensor:
         >>> keep_top(torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0]), 3)
         tensor([False,  True,  True,  True, False])
     """
-    rows = scores.reshape(1, -1) if member_axis is None else scores.movedim(member_axis, 0).flatten(1)  # (member, cell)
+    rows = scores.reshape(1, -1) if member_axis is None else scores.movedim(member_axis, 0)
+    rows = rows.reshape(rows.shape[0], -1)  # (member, cell)
     if torch.isnan(rows).any():
         raise ValueError(
             f"scores: {int(torch.isnan(rows).sum())} of {rows.numel()} are NaN; pruning would be arbitrary"

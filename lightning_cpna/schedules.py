@@ -62,7 +62,8 @@ class Schedule:
         return self._between(elapsed / (self.end - self.start), n_start, n_end)
 
     def _between(self, t: float, n_start: int, n_end: int) -> int:
-        return n_end + math.floor((n_start - n_end) * self.fraction_left(t))
+        # The summand outweighs what floats lose, so that a whole number is not rounded down to the one below.
+        return n_end + math.floor((n_start - n_end) * (self.fraction_left(t) + 1e-14))
 
     def window_end(self) -> int | float:
         """Return the step at which the schedule's window ends (``end``, but for schedules that go on after it)."""
@@ -165,7 +166,7 @@ class Geometric(Schedule):
     """
 
     def _between(self, t: float, n_start: int, n_end: int) -> int:
-        return max(n_end, math.floor(n_start * math.pow(n_end / n_start, t) + 1e-9))
+        return max(n_end, math.floor(n_start * math.pow(n_end / n_start, t) * (1 + 1e-14)))
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,9 @@ class Axes:
 
     def view_bias(self, bias: Tensor) -> Tensor:
         """View the bias of a weight with these axes as ``(member, unit)``; writing to it writes through."""
-        return bias.unsqueeze(0) if self.member is None else bias.reshape(bias.shape[self.member], -1)
+        if self.member is None:
+            return bias.unsqueeze(0)
+        return bias.movedim(0 if self.member < self.unit else -1, 0).flatten(1)
 
 
 @dataclass(frozen=True)

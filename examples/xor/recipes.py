@@ -67,7 +67,7 @@ def recipe(k: int, method: str) -> Recipe:
     problem = PROBLEMS[k]
     pretraining = Phase(100, None, weight_decay=2e-3) if k == 4 else Phase(60)
     annealing = {
-        3: Phase(200, 1000),
+        3: Phase(600, None),
         4: Phase(600, None, weight_decay=2e-3),
         5: Phase(200, lr=3e-3),
     }[k]

@@ -8,6 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -20,17 +21,7 @@ PAPER = {
     5: {"nn": 66.24, "cpna_hidden": 80.03, "cpna_all": 96.83},
 }
 PAPER_SIZES = {3: 60, 4: 40, 5: 20}
-HEADER = [
-    "problem",
-    "method",
-    "seeds",
-    "test AUC %: mean ± std",
-    "best",
-    "> 95",
-    "paper (best)",
-    "connections",
-    "s a run",
-]
+HEADER = ["problem", "method", "test AUC %", "best", "> 95", "paper", "connections", "s/run"]
 START, END = "<!-- results of examples.xor -->", "<!-- end of results -->"
 
 
@@ -47,9 +38,8 @@ def rows(results: list[dict[str, Any]]) -> list[list[str]]:
         counts = sorted({" + ".join(f"{n:,}" for n in run["connections"].values()) for run in runs})
         found.append(
             [
-                f"{k}-D, p = {p}, H = {hidden}",
+                f"{k}-D p={p} H={hidden}",
                 TITLES[method],
-                str(len(runs)),
                 f"{statistics.mean(aucs):.2f} ± {spread:.2f}",
                 f"{max(aucs):.2f}",
                 f"{sum(auc > 95 for auc in aucs)} of {len(aucs)}",
@@ -63,9 +53,9 @@ def rows(results: list[dict[str, Any]]) -> list[list[str]]:
 
 def rich_table(results: list[dict[str, Any]]) -> Table:
     """Return the table for a terminal."""
-    table = Table(title="k-D XOR in p dimensions")
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     for position, title in enumerate(HEADER):
-        table.add_column(title, justify="left" if position < 2 else "right")
+        table.add_column(title, justify="left" if position < 2 else "right", no_wrap=True)
     for row in rows(results):
         table.add_row(*row)
     return table

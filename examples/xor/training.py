@@ -112,8 +112,10 @@ def train(job: Job, out: Path, progress: np.ndarray[Any, Any] | None = None, ind
         progress: A shared array of steps done.
         index: This run's element of it.
     """
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     torch.set_num_threads(1)
     pl.seed_everything(job.seed, verbose=False)
     steps = recipe(job.k, job.method)
@@ -137,9 +139,9 @@ def train(job: Job, out: Path, progress: np.ndarray[Any, Any] | None = None, ind
     started = time.perf_counter()
     trainer.fit(module, data)
     seconds = time.perf_counter() - started
-    results = {
-        key: value for metrics in trainer.validate(module, data, verbose=False) for key, value in metrics.items()
-    }
+    results: dict[str, float] = {}
+    for metrics in trainer.validate(module, data, verbose=False):
+        results.update(metrics)
     logger.log_hyperparams(
         asdict(job), {"final/auc_test": results["auc/test"], "final/auc_train": results["auc/train"]}
     )
