@@ -86,11 +86,13 @@ class Graph(Mapping[str, Layer]):
         """Return the norm of the weights that each unit feeds, ``(member, unit)``; reaching the output counts as 1."""
         layer = self[name]
         w = layer.axes.view(tensors[name])
-        squares = _wide(w).new_full(w.shape[:2], float(layer.is_output))  # (member, unit)
+        squares = torch.full(
+            w.shape[:2], float(layer.is_output), dtype=_wide_type(w), device=w.device
+        )  # (member, unit)
         for consumer in self.fed_by(name):
             inputs, units = self.columns(consumer.weight, name, squares.device)
             v = _wide(consumer.axes.view(tensors[consumer.weight]))  # (member, unit, input, *kernel)
-            per_input = v.movedim(2, 1).flatten(2).square().sum(2)  # (member, input)
+            per_input = v.square().sum([1, *range(3, v.ndim)])  # (member, input)
             squares.index_add_(1, units, per_input[:, inputs])
         return squares.sqrt()
 
@@ -98,7 +100,7 @@ class Graph(Mapping[str, Layer]):
         """Return for each input of a layer the norm of the unit that feeds it, ``(member, input)``; 1 where none does."""
         layer = self[name]
         w = layer.axes.view(tensors[name])
-        norms = _wide(w).new_ones(w.shape[0], w.shape[2])
+        norms = torch.ones(w.shape[0], w.shape[2], dtype=_wide_type(w), device=w.device)
         for producer in self.feeding(name):
             inputs, units = self.columns(name, producer.weight, norms.device)
             norms[:, inputs] = self.incoming_norm(producer.weight, tensors)[:, units]
@@ -111,4 +113,8 @@ def owned(sources: Tensor, layer: Layer) -> Tensor:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.detach().to(_wide_type(tensor))
+
+
+def _wide_type(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -14,6 +14,40 @@ from lightning_cpna.targets import resolve
 STATE_VERSION = 1
 
 
+_INTEGERS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
+
+
+def keep_bits(where: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a bool tensor into integers of a float type's width: no bit set where it is True, every bit elsewhere."""
+    return where.to(_INTEGERS[dtype]).sub_(1)
+
+
+def zero_(tensor: Tensor, where: Tensor) -> None:
+    """Set a float tensor to zero where a bool tensor says, in place; what was infinite or NaN there is zero too.
+
+    On the CPU ``masked_fill_`` branches at every element; masking bits is ten times faster on scattered masks.
+    """
+    bits = keep_bits(where, tensor.dtype)
+    tensor.view(bits.dtype).bitwise_and_(bits)
+
+
+def fill(tensor: Tensor, where: Tensor, value: float) -> Tensor:
+    """Return a float tensor with a value where a bool tensor says, as ``torch.where``, without its branches.
+
+    Example:
+        >>> fill(torch.tensor([1.0, 2.0]), torch.tensor([True, False]), -torch.inf)
+        tensor([-inf, 2.])
+    """
+    bits = keep_bits(where, tensor.dtype)
+    pattern = int(torch.tensor(value, dtype=tensor.dtype).view(bits.dtype))
+    return ((tensor.view(bits.dtype) & bits) | (bits.bitwise_not_() & pattern)).view(tensor.dtype)
+
+
 def keep_top(scores: Tensor, n: int, member_axis: int | None = None) -> Tensor:
     """Mark the ``n`` largest scores; ties at the threshold go to the lowest index, so the count is exact.
 
@@ -33,24 +67,36 @@ def keep_top(scores: Tensor, n: int, member_axis: int | None = None) -> Tensor:
         tensor([False,  True,  True,  True, False])
     """
     rows = scores.reshape(1, -1) if member_axis is None else scores.movedim(member_axis, 0)
-    rows = rows.reshape(rows.shape[0], -1)  # (member, cell)
-    if torch.isnan(rows).any():
-        raise ValueError(
-            f"scores: {int(torch.isnan(rows).sum())} of {rows.numel()} are NaN; pruning would be arbitrary"
-        )
+    keep, _ = keep_top_rows(rows.reshape(rows.shape[0], -1), n)
+    return keep.view(scores.shape) if member_axis is None else _unrow(keep, scores, member_axis)
+
+
+def keep_top_rows(rows: Tensor, n: int) -> tuple[Tensor, float]:
+    """Do what ``keep_top`` does for every row of ``(member, cell)``; return also the lowest score that stays."""
+    if torch.isnan(rows.max()):
+        n_nan = int(torch.isnan(rows).sum())
+        raise ValueError(f"scores: {n_nan} of {rows.numel()} are NaN; pruning would be arbitrary")
     if not 0 <= n <= rows.shape[1]:
         raise ValueError(f"n is {n}; allowed is 0 to {rows.shape[1]}, the number of scores")
     if n == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = torch.kthvalue(rows, rows.shape[1] - n + 1, dim=1, keepdim=True).values  # (member, 1)
-    if torch.isneginf(threshold).any():
+        return torch.zeros_like(rows, dtype=torch.bool), torch.inf
+    alive = rows > -torch.inf
+    n_removed = int(alive.sum()) - n * rows.shape[0]
+    if len(rows) == 1 and 0 <= n_removed * 64 < rows.numel():
+        # Few are to go: to find them costs half of what finding the many that stay does.
+        weakest = torch.topk(fill(rows, ~alive, torch.inf), n_removed + 1, largest=False, sorted=False).values
+        threshold = weakest.amax(1, keepdim=True)  # (1, 1), the n-th largest score
+    else:
+        threshold = torch.kthvalue(rows, rows.shape[1] - n + 1, dim=1, keepdim=True).values  # (member, 1)
+    lowest = float(threshold.min())
+    if lowest == -torch.inf or n_removed < 0:
         raise ValueError(f"n is {n}; allowed is the number of scores above -inf or less")
     keep = rows >= threshold
     if int(keep.sum()) != n * rows.shape[0]:
         tied = rows == threshold
         above = rows > threshold
         keep = above | (tied & (tied.cumsum(1) <= n - above.sum(1, keepdim=True)))
-    return keep.view(scores.shape) if member_axis is None else _unrow(keep, scores, member_axis)
+    return keep, lowest
 
 
 def _unrow(rows: Tensor, like: Tensor, member_axis: int) -> Tensor:
@@ -94,6 +140,7 @@ class Mask:
         self.dead = dead
         self.removed = removed
         self.n_live = dead.numel() - int(dead.sum())
+        self._bits: Tensor | None = None
 
     @property
     def live(self) -> Tensor:
@@ -106,11 +153,14 @@ class Mask:
         self.removed |= where
         self.dead |= where
         self.n_live = self.dead.numel() - int(self.dead.sum())
+        self._bits = None
         return before - self.n_live
 
     def apply_(self, tensor: Tensor) -> None:
         """Set the connections that are not live to zero, in place."""
-        tensor.masked_fill_(self.dead, 0)
+        if self._bits is None or self._bits.dtype != _INTEGERS[tensor.dtype] or self._bits.device != tensor.device:
+            self._bits = keep_bits(self.dead, tensor.dtype)
+        tensor.view(self._bits.dtype).bitwise_and_(self._bits)
 
     def to_(self, device: torch.device) -> None:
         """Move the mask to a device, if it is elsewhere."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_cpna.masks import zero_
+
 # How a state tensor scales when its weight is multiplied by s, so that its gradient is divided by s.
 _AS_GRADIENT = {"momentum_buffer", "exp_avg", "exp_inf", "grad_avg", "prev"}
 _AS_GRADIENT_SQUARED = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
@@ -75,7 +77,7 @@ def zero_moments_(optimizer: Optimizer, parameter: nn.Parameter, where: Tensor) 
         tensor([0., 1.])
     """
     for _, value in _moments(optimizer, parameter):
-        value.masked_fill_(where, 0)
+        zero_(value, where)
 
 
 @torch.no_grad()
@@ -98,11 +100,14 @@ def scale_moments_(optimizer: Optimizer, parameter: nn.Parameter, scale: Tensor)
         scale: Tensor that broadcasts to the parameter's shape, positive.
 
     Raises:
-        ValueError: If the optimizer keeps a state of the parameter's shape whose scaling is not known.
+        ValueError: If the optimizer keeps a state whose scaling is not known.
     """
     known = _AS_GRADIENT | _AS_GRADIENT_SQUARED | _AS_WEIGHT | _AS_WEIGHT_SQUARED
     moments = dict(_moments(optimizer, parameter))
-    if unknown := moments.keys() - known:
+    if "square_avg" in moments:  # RMSprop's momentum sums gradients that were divided by their size already
+        moments.pop("momentum_buffer", None)
+    state = optimizer.state.get(parameter, {})
+    if unknown := {key for key, value in state.items() if isinstance(value, Tensor) and value.ndim > 0} - known:
         raise ValueError(
             f"moments='transform': how {type(optimizer).__name__}'s state {sorted(unknown)} scales is not known; "
             "allowed is moments='keep' or 'reset'"

@@ -97,7 +97,7 @@ def plot_connectivity(result: Connectivity, feature_names: Iterable[str] | None 
         result: The connectivity.
         feature_names: Names of the inputs, in their order.
     """
-    names = list(feature_names or map(str, range(result.sizes[0])))
+    names = list(map(str, range(result.sizes[0])) if feature_names is None else feature_names)
     used = [_used(result, level) for level in range(len(result.sizes))]
     figure = Figure(figsize=(10, 2 + 2 * len(result.layers)), layout="constrained")
     axes = figure.subplots()

@@ -124,9 +124,8 @@ def live_units(masks: Masks, graph: Graph | None, targets: Mapping[str, Target],
 
 def feeds_something(masks: Masks, graph: Graph, targets: Mapping[str, Target], name: str) -> Tensor:
     """Tell which units of a traced layer have a live outgoing connection or are an output, bool ``(member, unit)``."""
-    names = [name, *(layer.weight for layer in graph.fed_by(name))]
-    live = {n: live_mask(masks, targets[n]) for n in names}
-    return graph.outgoing_norm(name, live) > 0
+    live = {layer.weight: live_mask(masks, targets[layer.weight]) for layer in graph.fed_by(name)}
+    return graph.outgoing_norm(name, {name: targets[name].parameter, **live}) > 0
 
 
 def live_mask(masks: Masks, target: Target) -> Tensor:

@@ -61,6 +61,10 @@ class Schedule:
             return n_start
         return self._between(elapsed / (self.end - self.start), n_start, n_end)
 
+    def __call__(self, step: int, n_start: int, n_end: int) -> int:
+        """Be a schedule function: ``n_remaining``."""
+        return self.n_remaining(step, n_start, n_end)
+
     def _between(self, t: float, n_start: int, n_end: int) -> int:
         # The summand outweighs what floats lose, so that a whole number is not rounded down to the one below.
         return n_end + math.floor((n_start - n_end) * (self.fraction_left(t) + 1e-14))

@@ -66,7 +66,8 @@ class Score:
             if self.exponent == 0:
                 return paths
             group = group_norm(paths, "feature")  # (member, input)
-            return paths * _along((group / group.amax(1, keepdim=True)) ** self.exponent, 2, w)
+            largest = group.amax(1, keepdim=True).clamp(min=torch.finfo(group.dtype).tiny)
+            return paths * _along((group / largest) ** self.exponent, 2, w)
         if self.kind == "gradient":
             return w * inputs.gradient.abs()
         if self.kind == "random":
@@ -170,9 +171,8 @@ def group_norm(scores: Tensor, granularity: Granularity) -> Tensor:
     """
     if granularity == "connection":
         return scores
-    grouped = scores.movedim(2, 1) if granularity == "feature" else scores
-    norms: Tensor = grouped.flatten(2).norm(dim=2)
-    return norms
+    kept = 2 if granularity == "feature" else 1
+    return scores.square().sum([axis for axis in range(1, scores.ndim) if axis != kept]).sqrt()
 
 
 def ungroup(keep: Tensor, granularity: Granularity, like: Tensor) -> Tensor:

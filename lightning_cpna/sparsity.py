@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_cpna.graph import Graph
-from lightning_cpna.masks import Masks, keep_top
+from lightning_cpna.masks import Masks, fill, keep_top_rows, zero_
 from lightning_cpna.moments import optimizer_of, zero_moments_
 from lightning_cpna.report import SparsityReport, feeds_something, live_mask, sparsity_report
 from lightning_cpna.scores import Granularity, ScoreFunction, ScoreInputs, any_in_group, group_norm, ungroup
@@ -165,28 +165,32 @@ class Sparsity:
         Raises:
             ValueError: If fewer than ``n`` remain, a score is NaN, or the score needs something that is not there.
         """
-        generator = generator or torch.Generator().manual_seed(0)
+        generator = generator or torch.Generator().manual_seed(getattr(score, "seed", 0))
         grouped = []  # a parameter each, (member, cell)
         for name in budget.names:
             target = self.targets[name]
             scores = score(ScoreInputs(target, self.tensors, self.graph, generator))
-            live = target.axes.view(self.masks[name].live)  # (member, unit, input, *kernel)
-            scores = group_norm(scores.expand(live.shape).masked_fill(~live, 0), budget.granularity)
-            grouped.append(scores.masked_fill(~any_in_group(live, budget.granularity), -torch.inf))
+            dead = target.axes.view(self.masks[name].dead)  # (member, unit, input, *kernel)
+            scores = scores.expand(dead.shape)
+            if budget.granularity == "connection":
+                grouped.append(fill(scores, dead, -torch.inf))
+            else:
+                empty = ~any_in_group(~dead, budget.granularity)
+                grouped.append(fill(group_norm(fill(scores, dead, 0.0), budget.granularity), empty, -torch.inf))
         rows = torch.cat([scores.flatten(1) for scores in grouped], dim=1)
         sizes = [scores[0].numel() for scores in grouped]
-        keep = agree(self._keep_every_layer(budget, rows, n, sizes))
-        lowest = float(rows[keep].min())
+        decision, lowest = self._keep_every_layer(budget, rows, n, sizes)
+        keep = agree(decision)
         for name, part, scores in zip(budget.names, torch.split(keep, sizes, dim=1), grouped, strict=True):
             self._remove_groups_(name, part.view(scores.shape), budget.granularity, optimizers)
         return lowest
 
-    def _keep_every_layer(self, budget: Budget, rows: Tensor, n: int, sizes: list[int]) -> Tensor:
+    def _keep_every_layer(self, budget: Budget, rows: Tensor, n: int, sizes: list[int]) -> tuple[Tensor, float]:
         """Keep the ``n`` best, but of every layer at least the best one: no layer of a shared budget collapses."""
-        keep = keep_top(rows, n, member_axis=0)
+        keep, lowest = keep_top_rows(rows, n)
         empty = [i for i, part in enumerate(torch.split(keep, sizes, dim=1)) if not bool(part.any(1).all())]
         if not empty:
-            return keep
+            return keep, lowest
         names = ", ".join(budget.names[i] for i in empty)
         warnings.warn(
             f"the budget of {budget.label!r} would leave nothing of {names}; its best one is kept",
@@ -196,7 +200,7 @@ class Sparsity:
         for part in torch.split(floored, sizes, dim=1):
             best = part.max(dim=1, keepdim=True)
             part.scatter_(1, best.indices, torch.where(best.values.isneginf(), best.values, torch.inf))
-        return keep_top(floored, n, member_axis=0)
+        return keep_top_rows(floored, n)
 
     def _remove_groups_(
         self, name: str, keep: Tensor, granularity: Granularity, optimizers: Iterable[Optimizer]
@@ -208,14 +212,28 @@ class Sparsity:
             self._remove_outgoing_(name, ~keep, optimizers)
         self.remove_(name, where, optimizers)
 
+    def with_removable_units(self, name: str) -> Graph:
+        """Return the graph, which knows everything that the units of a parameter feed.
+
+        Raises:
+            ValueError: If it does not, or if the units are the output of the network.
+        """
+        graph = self.graph
+        if graph is None:
+            why = "the module was not traced"
+        elif name not in graph:
+            why = "it is no Linear or Conv weight that the trace saw"
+        elif graph[name].is_output:
+            why = "they are the output of the network"
+        elif (lost := graph[name].lost) is not None:
+            why = lost
+        else:
+            return graph
+        raise ValueError(f"granularity='unit': the units of {name!r} cannot be removed: {why}")
+
     def _remove_outgoing_(self, name: str, units: Tensor, optimizers: Iterable[Optimizer]) -> None:
         """Remove the connections that some units (bool, ``(member, unit)``) feed."""
-        graph = self.graph
-        if graph is None or name not in graph or graph[name].lost or graph[name].is_output:
-            why = "the module was not traced" if graph is None else "it is no traced Linear or Conv weight"
-            if graph is not None and name in graph:
-                why = graph[name].lost or "they are the output of the network"
-            raise ValueError(f"granularity='unit': the units of {name!r} cannot be removed: {why}")
+        graph = self.with_removable_units(name)
         for consumer in graph.fed_by(name):
             where = torch.zeros_like(self.tensors[consumer.weight], dtype=torch.bool)
             view = consumer.axes.view(where)  # (member, unit, input, *kernel)
@@ -237,9 +255,9 @@ class Sparsity:
         parameter = self.targets[name].parameter
         self.masks.add(name, parameter)
         self.masks[name].remove_(where)
-        parameter.masked_fill_(where, 0)
+        zero_(parameter, where)
         if parameter.grad is not None:
-            parameter.grad.masked_fill_(where, 0)
+            zero_(parameter.grad, where)
         if (optimizer := optimizer_of(optimizers, parameter)) is not None:
             zero_moments_(optimizer, parameter, where)
 

@@ -153,7 +153,7 @@ class _Builder(TorchFunctionMode):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         inputs = [self._flows[id(x)] for x in tensors if id(x) in self._flows]
         name = func.__name__.strip("_")
-        results = [x for x in tree_leaves(_plain(out)) if isinstance(x, Tensor)]
+        results = [x for x in tree_leaves(_plain(args[0] if name == "setitem" else out)) if isinstance(x, Tensor)]
         self._alive += [*tensors, *results]
         if name in _LAYERS and self._is_layer(args, kwargs):
             self._flows[id(out)] = self._layer(name, out, *args, **kwargs)
@@ -221,7 +221,7 @@ class _Builder(TorchFunctionMode):
         """Return which unit feeds each input of a layer, or None if that is not one unit each."""
         if flow.labels is None:
             return None
-        rows = flow.labels.movedim(dimension, 0).flatten(1)  # (input, element)
+        rows = flow.labels.movedim(dimension, 0)[..., None].flatten(1)  # (input, element)
         return rows[:, 0].clone().cpu() if bool((rows == rows[:, :1]).all()) else None
 
     def _lose(self, layers: Iterable[str], reason: str) -> None:
@@ -255,8 +255,10 @@ class _Builder(TorchFunctionMode):
         elif name in _RESHAPING and all(flow.labels is not None for flow in inputs):
             labels = self._relabel(func, args, kwargs)
         elif first is not None and name in _POOLING:
-            corner = first.flatten(-int(name[-2]))[..., 0]  # labels do not change along the pooled dimensions
-            labels = [corner.view(*corner.shape, *[1] * int(name[-2])).expand(result.shape) for result in results]
+            cells = first.flatten(-int(name[-2]))  # (*, cell)
+            if bool((cells == cells[..., :1]).all()):
+                corner = cells[..., 0]
+                labels = [corner.view(*corner.shape, *[1] * int(name[-2])).expand(result.shape) for result in results]
         elif first is not None and name in _REDUCING:
             low = first.amin(*_axes_of_reduction(args, kwargs))
             high = first.amax(*_axes_of_reduction(args, kwargs))
@@ -268,7 +270,8 @@ class _Builder(TorchFunctionMode):
             labels = [first]
         if labels is not None and len(labels) == len(results):
             return [_Flow(label, layers) for label in labels]
-        reason = f"{self._where()} ({name}) mixes units"
+        mixed = [flow.mixed_by for flow in inputs if flow.mixed_by]
+        reason = mixed[0] if mixed else f"{self._where()} ({name}) mixes units"
         self._block(layers, reason)
         return [_Flow(None, layers, reason)] * len(results)
 
@@ -276,7 +279,8 @@ class _Builder(TorchFunctionMode):
         def label(x: Any) -> Any:
             if isinstance(x, Tensor) and x.is_floating_point():
                 flow = self._flows.get(id(x))
-                return torch.full(x.shape, -1, device=x.device) if flow is None or flow.labels is None else flow.labels
+                known = torch.full(x.shape, -1, device=x.device) if flow is None or flow.labels is None else flow.labels
+                return known.contiguous()  # so that every view of x is one of its labels
             return x
 
         return [

@@ -108,9 +108,7 @@ class XORNet(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the cross-entropy."""
         x, y = batch
-        loss = nn.functional.binary_cross_entropy_with_logits(self(x), y)
-        self.log("loss/batch", loss)
-        return loss
+        return nn.functional.binary_cross_entropy_with_logits(self(x), y)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int) -> None:
         """Log the AUC and the cross-entropy of the test set or the training set."""

@@ -87,6 +87,8 @@ def recipe(k: int, method: str) -> Recipe:
             (Phase(300, weight_decay=1e-4), inputs(problem.n_inputs, exponent=0 if plain else 8)),
             (Phase(150, lr_end=1e-4, weight_decay=1e-5), None),
         ]
+    if k == 3 and method in ("cpna_all", "cpna_all_plain"):
+        return [(pretraining, None), (Phase(200, 1000), hidden(problem.n_hidden)), *_tail(problem, epochs=167)]
     if method in ("cpna_all", "cpna_all_plain"):
         return [*recipe(k, "cpna_hidden"), *_tail(problem)]
     if k == 5:
@@ -112,10 +114,10 @@ def recipe(k: int, method: str) -> Recipe:
     ]
 
 
-def _tail(problem: Problem) -> Recipe:
+def _tail(problem: Problem, epochs: int = 334) -> Recipe:
     """Anneal the input connections, then train what is left."""
     return [
-        (Phase(334, 1000, weight_decay=1e-4), inputs(problem.n_inputs)),
+        (Phase(epochs, 1000, weight_decay=1e-4), inputs(problem.n_inputs)),
         (Phase(100, 1000, lr_end=1e-4, weight_decay=1e-5), None),
     ]
 

@@ -95,7 +95,7 @@ class History(pl.Callback):
         if trainer.sanity_checking:
             return
         masks = sparsity_of(pl_module).masks
-        values = {"step": trainer.global_step}
+        values: dict[str, float] = {"step": trainer.global_step}
         values |= {name: float(trainer.callback_metrics[name]) for name in trainer.callback_metrics if "/" in name}
         for label, name in (("connections/hidden", HIDDEN), ("connections/input", INPUT)):
             values[label] = masks[name].n_live if name in masks else pl_module.get_parameter(name).numel()

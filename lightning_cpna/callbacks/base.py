@@ -35,6 +35,7 @@ class Fit:
         handles: The hooks on them.
         capture: Records the first batch.
         graph_known: Whether the first batch is over.
+        logged_at_target: What was logged last.
     """
 
     sparsity: Sparsity
@@ -44,6 +45,7 @@ class Fit:
     handles: list[RemovableHandle] = field(default_factory=list)
     capture: Capture | None = None
     graph_known: bool = False
+    logged_at_target: bool | None = None
 
     def release(self) -> None:
         """Let go of optimizers and modules."""
@@ -87,6 +89,10 @@ class SparsityCallback(Callback):
     def _after_step(self, fit: Fit, trainer: Trainer) -> None:
         """What is done after this optimizer step?"""
         raise NotImplementedError
+
+    def _at_target(self, fit: Fit) -> bool:
+        """Is every count reached?"""
+        return all(fit.sparsity.n_remaining(budget) <= budget.n_end for budget in fit.budgets)
 
     def _values(self, fit: Fit) -> dict[str, float]:
         """What is logged? Without the callback's name."""
@@ -207,12 +213,15 @@ class SparsityCallback(Callback):
         if self._step > self._handled_step:
             self._handled_step = self._step
             self._after_step(fit, trainer)
+        # Lightning's log takes about a millisecond a value, so values are logged when they are wanted, or are news.
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (every and trainer.global_step % every == 0) or trainer.is_last_batch:
+        at_target = self._at_target(fit)
+        if at_target != fit.logged_at_target or (every and trainer.global_step % every == 0):
+            fit.logged_at_target = at_target
             values = {f"{self.name}/{key}": float(value) for key, value in self._values(fit).items()}
             connections = f"{self.name}/connections"
             pl_module.log(connections, values.pop(connections), prog_bar=True)
-            pl_module.log_dict(values)
+            pl_module.log_dict({**values, f"{self.name}/at_target": float(at_target)})
 
     def _trace(self, fit: Fit, pl_module: LightningModule, capture: Capture) -> None:
         fit.capture = None

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from lightning_cpna._lightning import LightningModule, Trainer
 from lightning_cpna.callbacks.base import Fit, SparsityCallback, agree
 from lightning_cpna.graph import Graph
 from lightning_cpna.plots import connectivity, log_figure, plot_connectivity
 from lightning_cpna.rescale import rescalable, rescale_, verify_rescaling
-from lightning_cpna.schedules import Annealing, Geometric, Schedule, n_remaining, resolved_schedule
-from lightning_cpna.scores import Granularity, Score, ScoreInputs, ScoreKind
+from lightning_cpna.schedules import Annealing, Geometric, Schedule, ScheduleFunction, n_remaining, resolved_schedule
+from lightning_cpna.scores import Granularity, Score, ScoreFunction, ScoreKind
 from lightning_cpna.sparsity import Budget, Scope, Sparsity
 
 # When nothing is said: the fractions of the run before the first window and after the last one.
@@ -35,7 +33,7 @@ class Stage:
     """
 
     budgets: tuple[Budget, ...]
-    schedule: Schedule | Callable[[int, int, int], int]
+    schedule: ScheduleFunction
     producers: tuple[str, ...]
 
     def acts(self, step: int) -> bool:
@@ -99,9 +97,9 @@ class CPNAPruning(SparsityCallback):
         self,
         targets: dict[str, int | float],
         *,
-        schedule: Schedule | Callable[[int, int, int], int] | None = None,
+        schedule: Schedule | ScheduleFunction | None = None,
         granularity: Granularity = "connection",
-        score: ScoreKind | Score | Callable[[ScoreInputs], Tensor] | None = None,
+        score: ScoreKind | Score | ScoreFunction | None = None,
         normalize: bool | Literal["transform", "reset"] | None = None,
         scope: Scope = "layer",
         name: str = "cpna",
@@ -178,8 +176,11 @@ class CPNAPruning(SparsityCallback):
                 f"the module could not be traced, so dead units are neither counted nor removed: {fit.sparsity.untraced}",
                 stacklevel=2,
             )
+        if self.granularity == "unit":
+            for name in (name for budget in fit.budgets for name in budget.names):
+                fit.sparsity.with_removable_units(name)
         total = trainer.estimated_stepping_batches
-        staged = [(fit.budgets, self.schedule)] if self.schedule is not None else _in_windows(fit.budgets, graph)
+        staged = _in_windows(fit.budgets, graph) if self.schedule is None else [(fit.budgets, self.schedule)]
         self._stages = [
             Stage(
                 tuple(budgets),
@@ -224,26 +225,25 @@ class CPNAPruning(SparsityCallback):
         n_start = self._n_start.setdefault(budget.label, current)
         n = n_remaining(stage.schedule, self._step, n_start, budget.n_end)
         if n < current:
-            self._thresholds[budget.label] = fit.sparsity.prune_(
-                budget,
-                n,
-                self._score,
-                optimizers=fit.optimizers,
-                generator=self._generator,
-                agree=partial(agree, trainer),
-            )
-            fit.sparsity.remove_dead_units_(fit.optimizers)
+            try:
+                self._thresholds[budget.label] = fit.sparsity.prune_(
+                    budget,
+                    n,
+                    self._score,
+                    optimizers=fit.optimizers,
+                    generator=self._generator,
+                    agree=partial(agree, trainer),
+                )
+            except ValueError as error:
+                raise ValueError(f"{self.name}: at step {self._step}, pruning {budget.label!r}: {error}") from error
+            if n == budget.n_end:
+                fit.sparsity.remove_dead_units_(fit.optimizers)
 
     def _values(self, fit: Fit) -> dict[str, float]:
         names = {name for budget in fit.budgets for name in budget.names}
         layers = [layer for layer in fit.sparsity.report().layers if layer.name in names]
-        reached = [fit.sparsity.n_remaining(budget) <= budget.n_end for budget in fit.budgets]
         connections, size = sum(layer.connections for layer in layers), sum(layer.size for layer in layers)
-        values: dict[str, float] = {
-            "connections": connections,
-            "density": connections / size,
-            "at_target": all(reached),
-        }
+        values: dict[str, float] = {"connections": connections, "density": connections / size}
         for layer in layers:
             values |= {
                 f"{layer.name}/connections": layer.connections,
@@ -275,9 +275,7 @@ def _check(argument: str, value: object, allowed: tuple[object, ...]) -> None:
         raise ValueError(f"{argument} is {value!r}; allowed is one of {', '.join(map(repr, allowed))}")
 
 
-def _score_of(
-    score: ScoreKind | Score | Callable[[ScoreInputs], Tensor] | None, granularity: Granularity
-) -> Score | Callable[[ScoreInputs], Tensor]:
+def _score_of(score: ScoreKind | Score | ScoreFunction | None, granularity: Granularity) -> Score | ScoreFunction:
     if score is None:
         return Score("magnitude" if granularity == "feature" else "path")
     return Score(score) if isinstance(score, str) else score
@@ -288,7 +286,7 @@ def _is_fed(graph: Graph, name: str) -> bool:
     return bool(graph.feeding(name)) or graph[name].unknown_source is not None
 
 
-def _in_windows(budgets: list[Budget], graph: Graph | None) -> list[tuple[list[Budget], Schedule]]:
+def _in_windows(budgets: list[Budget], graph: Graph | None) -> list[tuple[list[Budget], ScheduleFunction]]:
     """Give every budget a window of its own, the layer next to the output first."""
     order = {name: position for position, name in enumerate(graph or ())}
     latest_first = sorted(budgets, key=lambda budget: -max(order.get(name, -1) for name in budget.names))

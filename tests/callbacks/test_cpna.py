@@ -1,0 +1,422 @@
+"""What CPNAPruning does in a fit: exact counts, zeros that stay, what it logs, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.functional.classification import binary_auroc
+
+from lightning_cpna import Annealing, CPNAPruning, Cubic, Geometric, OneShot, Score, ScoreInputs, sparsity_of
+from tests.helpers import Classifier, data, mlp, trainer, weights
+
+
+class Spy(pl.Callback):
+    """Asks a question after every batch."""
+
+    def __init__(self, ask: Any) -> None:
+        self.ask = ask
+        self.answers: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.answers.append(self.ask(trainer, pl_module))
+
+
+def live(module: nn.Module, name: str) -> int:
+    return sparsity_of(module).masks[name].n_live
+
+
+@pytest.mark.parametrize("schedule", [Annealing(3, 11), Cubic(3, 11, every=3), Geometric(3, 11), OneShot(5)])
+def test_the_count_after_every_step_is_the_schedules(schedule: Any) -> None:
+    spy = Spy(lambda trainer, module: live(module, "net.2.weight"))
+    trainer(CPNAPruning({"net.2.weight": 5}, schedule=schedule), spy).fit(Classifier(), data())
+    assert spy.answers == [schedule.n_remaining(step, 16, 5) for step in range(1, 21)]
+
+
+def test_zeros_are_exact_and_final_after_every_step() -> None:
+    def zeros(trainer: Any, module: Any) -> Tensor:
+        mask = sparsity_of(module).masks["net.0.weight"]
+        weight = module.net[0].weight
+        moments = trainer.optimizers[0].state[weight]
+        for tensor in (weight.detach(), weight.grad, moments["exp_avg"], moments["exp_avg_sq"]):
+            assert bool((tensor[mask.dead] == 0).all())
+        return mask.dead.clone()
+
+    spy = Spy(zeros)
+    callback = CPNAPruning({"net.0.weight": 9}, schedule=Cubic(1, 15), normalize=False)
+    trainer(callback, spy, gradient_clip_val=0.5).fit(Classifier(), data())
+    for before, after in zip(spy.answers, spy.answers[1:], strict=False):
+        assert bool((after | ~before).all()), "a removed connection came back"
+    assert int((~spy.answers[-1]).sum()) == 9
+
+
+def test_gradients_are_masked_before_they_are_clipped() -> None:
+    norms = []
+
+    class Clipped(Classifier):
+        def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+            mask = sparsity_of(self).masks["net.0.weight"]
+            norms.append(float(self.net[0].weight.grad[mask.dead].abs().sum()))
+
+    trainer(CPNAPruning({"net.0.weight": 9}, schedule=OneShot(2), normalize=False)).fit(Clipped(), data())
+    assert norms == [0.0] * 20
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.LBFGS, torch.optim.Muon])
+def test_an_optimizer_with_dense_updates_does_not_revive_what_is_removed(optimizer: Any) -> None:
+    class Net(nn.Sequential):
+        pass
+
+    class Dense(Classifier):
+        def configure_optimizers(self) -> Any:
+            return optimizer(self.net.parameters(), lr=0.02)
+
+    net = Net(nn.Linear(6, 16, bias=False), nn.ReLU(), nn.Linear(16, 1, bias=False))
+    model = Dense(net)
+    spy = Spy(lambda trainer, module: int((module.net[0].weight != 0).sum()) - live(module, "net.0.weight"))
+    trainer(CPNAPruning({"net.0.weight": 9}, schedule=Cubic(1, 8), normalize=False), spy).fit(model, data())
+    assert spy.answers == [0] * 20
+
+
+HOOKS = [
+    "on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_before_zero_grad", "on_before_backward",
+    "on_after_backward", "on_before_optimizer_step", "on_train_batch_end", "on_validation_start", "on_validation_end",
+    "on_train_epoch_end", "on_train_end",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_checkpoint_saved_at_any_hook_loads_strictly_and_has_the_exact_zeros(tmp_path: Path, hook: str) -> None:
+    class Validated(Classifier):
+        def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+            self(batch[0])
+
+    def save(self: Any, trainer: Any, pl_module: Any, *_: Any) -> None:
+        file = tmp_path / f"{len(saved)}.ckpt"
+        trainer.save_checkpoint(file)
+        saved.append((file, {name: mask.live.clone() for name, mask in sparsity_of(pl_module).masks.items()}))
+
+    saved: list[tuple[Path, dict[str, Tensor]]] = []
+    saver = type("Saver", (pl.Callback,), {hook: save})()
+    callback = CPNAPruning({"net.2.weight": 5}, schedule=Cubic(2, 15))
+    trainer(callback, saver, val_check_interval=3).fit(Validated(), data(), data())
+    assert saved
+    for file, masks in saved:
+        plain = Validated()
+        plain.load_state_dict(torch.load(file, weights_only=True)["state_dict"], strict=True)
+        for name, alive in masks.items():
+            assert bool((plain.get_parameter(name)[~alive] == 0).all())
+    assert len({int(masks["net.2.weight"].sum()) for _, masks in saved}) > 1 or hook in (
+        "on_train_start",
+        "on_train_end",
+    )
+
+
+def test_a_connection_that_happens_to_be_zero_stays_alive() -> None:
+    model = Classifier()
+    with torch.no_grad():
+        model.net[2].weight.zero_()
+    spy = Spy(lambda trainer, module: live(module, "net.2.weight"))
+    trainer(CPNAPruning({"net.2.weight": 12}, schedule=OneShot(1)), spy).fit(model, data())
+    assert spy.answers == [12] * 20
+
+
+def test_three_hidden_layers_are_pruned_by_a_pattern_with_one_shared_budget() -> None:
+    layers = [nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 1)]
+    model = Classifier(nn.Sequential(*layers))
+    callback = CPNAPruning({"net.[024].weight": 60, "net.6.weight": 0.5}, schedule=Annealing(2, 12), scope="shared")
+    trainer(callback).fit(model, data())
+    counts = {layer.name: layer.connections for layer in callback.report(model).layers}
+    assert sum(counts[f"net.{i}.weight"] for i in (0, 2, 4)) == 60
+    assert min(counts.values()) >= 1
+    assert counts["net.6.weight"] == 8
+
+
+class Images(Classifier):
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Sequential(
+                *(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2)),
+                *(nn.Conv2d(8, 12, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()),
+                *(nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 1)),
+            )
+        )
+
+
+def test_a_small_cnn_is_pruned_by_a_pattern() -> None:
+    loader = DataLoader(TensorDataset(torch.randn(32, 1, 12, 12), torch.rand(32, 1).round()), batch_size=8)
+    model = Images()
+    callback = CPNAPruning({"net.[379].weight": 0.1}, schedule=Annealing(2, 12))
+    trainer(callback).fit(model, loader)
+    sizes = {"net.3.weight": 86, "net.7.weight": 77, "net.9.weight": 2}
+    assert {layer.name: layer.connections for layer in callback.report(model).layers if layer.name in sizes} == sizes
+
+
+def test_units_of_a_hidden_layer_are_removed_with_what_they_feed() -> None:
+    model = Classifier()
+    callback = CPNAPruning({"net.0.weight": 3}, schedule=Cubic(2, 12), granularity="unit")
+    trainer(callback).fit(model, data())
+    rows = (model.net[0].weight != 0).any(1)
+    columns = (model.net[2].weight != 0).any(0)
+    assert int(rows.sum()) == 3
+    assert torch.equal(rows, columns)
+
+
+def test_features_are_removed_by_the_norm_of_their_column() -> None:
+    model = Classifier()
+    with torch.no_grad():
+        model.net[0].weight[:, [1, 4]] *= 10
+    callback = CPNAPruning({"net.0.weight": 2}, schedule=OneShot(1), granularity="feature")
+    trainer(callback, epochs=1).fit(model, data())
+    columns = (model.net[0].weight != 0).any(0)
+    assert columns.nonzero().flatten().tolist() == [1, 4]
+
+
+def test_a_function_scores_and_a_function_schedules() -> None:
+    def backwards(inputs: ScoreInputs) -> Tensor:
+        return -torch.arange(16.0).view(1, 1, 16)
+
+    callback = CPNAPruning(
+        {"net.2.weight": 5}, schedule=lambda step, n_start, n_end: n_start - step, score=backwards, normalize=False
+    )
+    model = Classifier()
+    spy = Spy(lambda trainer, module: live(module, "net.2.weight"))
+    trainer(callback, spy).fit(model, data())
+    assert spy.answers == [max(5, 16 - step) for step in range(1, 21)]
+    assert torch.equal(sparsity_of(model).masks["net.2.weight"].live[0], torch.arange(16) < 5)
+
+
+def xor(k: int, p: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    x = torch.rand(2 * n, p, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return x, (x[:, :k].prod(1, keepdim=True) > 0).float()
+
+
+def test_the_default_reaches_95_auc_on_the_3d_xor_in_60_dimensions() -> None:
+    pl.seed_everything(7)
+    x, y = xor(3, 60, 3000, seed=7)
+    net = nn.Sequential(nn.Linear(60, 1024), nn.ReLU(), nn.Linear(1024, 1))
+    model = Classifier(net)
+    dataset = TensorDataset(x[:3000], y[:3000])
+    batches = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(dataset), 256, drop_last=False)
+    callback = CPNAPruning({"net.0.weight": 24, "net.2.weight": 12})
+    trainer(callback, epochs=200).fit(model, DataLoader(dataset, sampler=batches, batch_size=None))
+    with torch.no_grad():
+        auc = float(binary_auroc(model(x[3000:]).squeeze(1), y[3000:].int().squeeze(1)))
+    layers = {layer.name: layer for layer in callback.report(model).layers}
+    assert (layers["net.0.weight"].connections, layers["net.2.weight"].connections) == (24, 12)
+    assert auc >= 0.95
+
+
+def test_at_target_lets_early_stopping_and_checkpoints_wait(tmp_path: Path) -> None:
+    stop = pl.callbacks.EarlyStopping(
+        "cpna/at_target", mode="max", stopping_threshold=0.5, patience=1000, check_on_train_epoch_end=True
+    )
+    best = pl.callbacks.ModelCheckpoint(tmp_path, monitor="cpna/at_target", mode="max", save_on_train_epoch_end=True)
+    callback = CPNAPruning({"net.2.weight": 5}, schedule=OneShot(10))
+    fitting = trainer(callback, stop, best, epochs=20, enable_checkpointing=True)
+    fitting.fit(Classifier(), data())
+    assert fitting.current_epoch == 3
+    saved = torch.load(best.best_model_path, weights_only=True)["state_dict"]["net.2.weight"]
+    assert int((saved != 0).sum()) == 5
+
+
+def test_what_is_logged_agrees_with_a_count_by_hand() -> None:
+    model = Classifier()
+    callback = CPNAPruning({"net.2.weight": 5, "net.0.weight": 9}, schedule=Cubic(1, 10), normalize=False, name="both")
+    fitting = trainer(callback)
+    fitting.fit(model, data())
+    logged = {name: float(value) for name, value in fitting.callback_metrics.items()}
+    w, v = (model.get_parameter(name) != 0 for name in ("net.0.weight", "net.2.weight"))
+    assert logged["both/connections"] == 14
+    assert logged["both/density"] == pytest.approx(14 / (16 * 6 + 16))
+    assert logged["both/at_target"] == 1
+    assert logged["both/net.0.weight/connections"] == int(w.sum()) == 9
+    assert logged["both/net.0.weight/target"] == 9
+    assert logged["both/net.0.weight/live_features"] == int(w.any(0).sum())
+    assert logged["both/net.0.weight/live_units"] == int((w.any(1) & v.any(0)).sum())
+    assert logged["both/net.0.weight/threshold"] > 0
+
+
+def test_the_progress_bar_shows_the_remaining_connections() -> None:
+    spy = Spy(lambda trainer, module: dict(trainer.progress_bar_metrics).get("cpna/connections"))
+    callback = CPNAPruning({"net.2.weight": 5}, schedule=Cubic(1, 10))
+    trainer(callback, spy, enable_progress_bar=True, log_every_n_steps=1).fit(Classifier(), data())
+    assert spy.answers[-1] == 5
+
+
+def test_a_real_tensorboard_serves_scalars_pictures_and_hyperparameters(tmp_path: Path) -> None:
+    program = pytest.importorskip("tensorboard.program", reason="the extra 'examples' is not installed")
+
+    class Recorded(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.save_hyperparameters({"width": 16})
+
+    logger = TensorBoardLogger(tmp_path, name="", version="run", default_hp_metric=False)
+    callback = CPNAPruning({"net.2.weight": 5, "net.0.weight": 9}, schedule=Cubic(1, 10), normalize=False)
+    trainer(callback, logger=logger, log_every_n_steps=1).fit(Recorded(), data())
+    logger.log_hyperparams({"width": 16}, {"final/connections": 14})
+    logger.finalize("success")
+    board = program.TensorBoard()
+    board.configure(
+        argv=[None, "--logdir", str(tmp_path), "--port", "0", "--host", "127.0.0.1", "--load_fast", "false"]
+    )
+    address = board.launch()
+
+    def ask(path: str) -> Any:
+        with urllib.request.urlopen(f"{address}data/plugin/{path}", timeout=30) as answer:
+            return json.loads(answer.read())
+
+    scalars = ask("scalars/tags")["run"]
+    assert {"cpna/connections", "cpna/at_target", "cpna/net.0.weight/threshold"} <= set(scalars)
+    values = ask("scalars/scalars?tag=cpna/connections&run=run")
+    assert values[-1][2] == 14
+    assert list(ask("images/tags")["run"]) == ["cpna/connectivity"]
+    request = urllib.request.Request(f"{address}data/plugin/hparams/experiment", data=b"{}")
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        experiment = json.loads(answer.read())
+    assert [info["name"] for info in experiment["hparamInfos"]] == ["width"]
+    assert [info["name"]["tag"] for info in experiment["metricInfos"]] == ["final/connections"]
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"targets": {}}, "targets is empty"),
+    ({"targets": {"net.0.weight": 0}}, r"'net.0.weight' is 0; allowed is a count \(int >= 1\) or a density"),
+    ({"targets": {"net.0.weight": 1.5}}, r"'net.0.weight' is 1.5; allowed"),
+    ({"targets": {"net.0.weight": True}}, r"'net.0.weight' is True; allowed"),
+    ({"granularity": "row"}, "granularity is 'row'; allowed is one of 'connection', 'feature', 'unit'"),
+    ({"scope": "global"}, "scope is 'global'; allowed is one of 'layer', 'shared'"),
+    ({"normalize": "yes"}, "normalize is 'yes'; allowed"),
+    ({"score": "hessian"}, "score is 'hessian'; allowed is one of magnitude, normalized"),
+    ({"name": ""}, "name is ''"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_a_bad_argument_is_refused_by_name(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CPNAPruning(**({"targets": {"net.2.weight": 5}} | arguments))
+
+
+REFUSED_AT_START: list[tuple[CPNAPruning, str]] = [
+    (CPNAPruning({"net.7.weight": 5}), "'net.7.weight' matches no parameter; there are net.2.weight"),
+    (CPNAPruning({"net.2.weight": 17}), "17 should remain of 'net.2.weight', which has 16"),
+    (CPNAPruning({"net.*.weight": 1}, scope="shared"), "2 layers keep one each"),
+    (CPNAPruning({"net.*": 5, "net.2.weight": 4}), r"'net.2.weight' is matched by both"),
+    (
+        CPNAPruning({"net.0.weight": 5}, normalize=True),
+        "'net.0.weight': it reads the input of the network; use normalize=False",
+    ),
+    (
+        CPNAPruning({"net.2.weight": 1}, granularity="unit", schedule=OneShot(1)),
+        "cannot be removed: they are the output",
+    ),
+]
+
+
+@pytest.mark.parametrize(("callback", "message"), REFUSED_AT_START)
+def test_a_target_that_does_not_fit_the_module_is_refused_and_nothing_is_lost(
+    callback: CPNAPruning, message: str
+) -> None:
+    model = Classifier()
+    with pytest.raises(ValueError, match=message):
+        trainer(callback).fit(model, data())
+    assert all(mask.n_live == mask.dead.numel() for mask in sparsity_of(model).masks.values())
+
+
+def test_fractions_of_a_run_of_unknown_length_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"start=0.25 is a fraction of the run.*give start as a step"):
+        trainer(CPNAPruning({"net.2.weight": 5}), epochs=-1).fit(Classifier(), data())
+
+
+def test_a_target_without_an_optimizer_is_refused() -> None:
+    class Frozen(Classifier):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.net[0].parameters())
+
+    with pytest.raises(ValueError, match=r"'net.2.weight' is in no optimizer"):
+        trainer(CPNAPruning({"net.2.weight": 5})).fit(Frozen(), data())
+
+
+def test_a_nan_weight_stops_pruning_and_names_the_step() -> None:
+    class Broken(Classifier):
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * (torch.nan if batch_idx == 2 else 1.0)
+
+    with pytest.raises(ValueError, match="cpna: at step 3"):
+        trainer(CPNAPruning({"net.2.weight": 5}, schedule=Cubic(1, 10))).fit(Broken(), data())
+
+
+def test_hooks_are_gone_after_a_fit_and_after_an_exception() -> None:
+    class Failing(Classifier):
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            if batch_idx == 3:
+                raise RuntimeError("out of luck")
+            return super().training_step(batch, batch_idx)
+
+    model, callback = Classifier(), CPNAPruning({"net.2.weight": 5}, schedule=Cubic(1, 10))
+    fitting = trainer(callback)
+    fitting.fit(model, data())
+    failing, failed = Failing(), trainer(callback)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        failed.fit(failing, data())
+    for module in [*model.modules(), *failing.modules()]:
+        assert not module._forward_pre_hooks
+    for optimizer in [*fitting.optimizers, *failed.optimizers]:
+        assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_gradient_score_without_gradients_is_refused() -> None:
+    class Cleared(Classifier):
+        def on_train_batch_end(self, *_: Any) -> None:
+            pass
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
+            optimizer: Any = self.optimizers()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    callback = CPNAPruning({"net.2.weight": 5}, schedule=Cubic(1, 10), score=Score("gradient"), normalize=False)
+    with pytest.raises(ValueError, match=r"'net.2.weight' has no gradient at the end of the batch"):
+        trainer(callback).fit(Cleared(), data())
+
+
+def test_a_module_that_cannot_be_traced_is_pruned_by_magnitude_with_a_warning_and_refused_otherwise() -> None:
+    class Strict(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.dtype == torch.float64:
+                raise TypeError("single precision only")
+            out: Tensor = self.inner(x)
+            return out
+
+    name = "net.inner.2.weight"
+    by_magnitude = CPNAPruning({name: 5}, schedule=Cubic(1, 10), score="magnitude", normalize=False)
+    with pytest.warns(UserWarning, match="could not be traced.*single precision only"):
+        trainer(by_magnitude).fit(Classifier(Strict()), data())
+    with pytest.raises(ValueError, match=r"could not be traced.*single precision only.*use normalize=False"):
+        trainer(CPNAPruning({name: 5})).fit(Classifier(Strict()), data())
+
+
+def test_weights_that_are_no_target_train_on() -> None:
+    model = Classifier()
+    before = weights(model)
+    trainer(CPNAPruning({"net.2.weight": 5}, schedule=Cubic(1, 10))).fit(model, data())
+    assert not torch.equal(before["net.0.bias"], model.net[0].bias)

@@ -1,0 +1,77 @@
+"""Small modules and trainers that the tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+N_FEATURES, N_ROWS = 6, 64
+
+
+def mlp(hidden: int = 16) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(N_FEATURES, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+
+
+def data(n: int = N_ROWS, batch_size: int = 16, shuffle: bool = False) -> DataLoader[Any]:
+    x = torch.rand(n, N_FEATURES, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    y = (x[:, :2].prod(1, keepdim=True) > 0).float()
+    return DataLoader(TensorDataset(x, y), batch_size=batch_size, shuffle=shuffle)
+
+
+class Steps:
+    """The steps of a small classifier, for the LightningModule of either package."""
+
+    net: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        return nn.functional.binary_cross_entropy_with_logits(self.forward_(x), y)
+
+    def forward_(self, x: Tensor) -> Tensor:
+        out: Tensor = self(x)  # type: ignore[operator]
+        return out
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.net.parameters(), lr=1e-2, weight_decay=1e-3)
+
+
+class Classifier(Steps, pl.LightningModule):
+    def __init__(self, net: Any = None) -> None:
+        super().__init__()
+        self.net = net or mlp()
+
+
+class OtherClassifier(Steps, lightning.pytorch.LightningModule):
+    def __init__(self, net: Any = None) -> None:
+        super().__init__()
+        self.net = net or mlp()
+
+
+def trainer(*callbacks: Any, epochs: int = 5, package: Any = pl, **options: Any) -> Any:
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_epochs": epochs,
+    }
+    return package.Trainer(callbacks=list(callbacks), **(quiet | options))
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def checkpoint(folder: Path, **options: Any) -> pl.callbacks.ModelCheckpoint:
+    return pl.callbacks.ModelCheckpoint(folder, save_top_k=-1, filename="{step}", **options)

@@ -1,0 +1,309 @@
+import io
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_cpna import Masks, infer_masks, keep_top
+from lightning_cpna.masks import fill, keep_top_rows, pack, unpack, zero_
+
+SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3)
+
+
+def brute_force(scores: list[float], n: int) -> list[bool]:
+    best = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:n]
+    return [i in best for i in range(len(scores))]
+
+
+@st.composite
+def tied_scores(draw: st.DrawFn) -> Tensor:
+    shape = draw(SHAPES)
+    size = math.prod(shape)
+    values = draw(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0]), min_size=size, max_size=size))
+    scores = torch.tensor(values).view(shape)
+    return scores.movedim(0, -1) if draw(st.booleans()) else scores
+
+
+@given(scores=tied_scores(), data=st.data())
+def test_keep_top_equals_sorting_by_score_and_index(scores: Tensor, data: st.DataObject) -> None:
+    n = data.draw(st.integers(0, scores.numel()))
+    keep = keep_top(scores, n)
+    assert keep.dtype == torch.bool
+    assert keep.shape == scores.shape
+    assert int(keep.sum()) == n
+    assert keep.flatten().tolist() == brute_force(scores.flatten().tolist(), n)
+
+
+@given(scores=tied_scores(), data=st.data())
+def test_keep_top_equals_sorting_each_member_alone(scores: Tensor, data: st.DataObject) -> None:
+    axis = data.draw(st.integers(-scores.ndim, scores.ndim - 1))
+    n = data.draw(st.integers(0, scores.numel() // scores.shape[axis]))
+    keep = keep_top(scores, n, member_axis=axis)
+    for member in range(scores.shape[axis]):
+        kept = keep.select(axis, member)
+        assert int(kept.sum()) == n
+        assert kept.flatten().tolist() == brute_force(scores.select(axis, member).flatten().tolist(), n)
+
+
+@given(scores=tied_scores(), data=st.data())
+def test_keep_top_never_keeps_minus_infinity_and_raises_when_it_would_have_to(
+    scores: Tensor, data: st.DataObject
+) -> None:
+    size = scores.numel()
+    gone = torch.tensor(data.draw(st.lists(st.booleans(), min_size=size, max_size=size))).view(scores.shape)
+    scores = scores.masked_fill(gone, -torch.inf)
+    left = size - int(gone.sum())
+    assert not bool((keep_top(scores, left) & gone).any())
+    if left < size:
+        with pytest.raises(ValueError, match=f"n is {left + 1}; allowed is the number of scores above -inf"):
+            keep_top(scores, left + 1)
+
+
+@pytest.mark.parametrize("n", [0, 1, 17, 5000, 9999, 10_000])
+def test_keep_top_equals_a_stable_torch_sort_of_many_scores(n: int) -> None:
+    scores = torch.randint(0, 50, (100, 100)).double()
+    order = torch.sort(scores.flatten(), descending=True, stable=True).indices
+    expected = torch.zeros(10_000, dtype=torch.bool)
+    expected[order[:n]] = True
+    assert torch.equal(keep_top(scores, n).flatten(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64])
+def test_keep_top_is_literal_in_every_dtype(dtype: torch.dtype) -> None:
+    scores = torch.tensor([[3, 1, 3], [3, 2, 0]], dtype=dtype)
+    assert keep_top(scores, 2).tolist() == [[True, False, True], [False, False, False]]
+    assert keep_top(scores, 2, member_axis=0).tolist() == [[True, False, True], [True, True, False]]
+    assert keep_top(scores, 1, member_axis=1).tolist() == [[True, False, True], [False, True, False]]
+
+
+def test_infinite_scores_are_kept_first() -> None:
+    assert keep_top(torch.tensor([1.0, torch.inf, 2.0, torch.inf]), 3).tolist() == [False, True, True, True]
+
+
+def test_nan_raises_with_how_many() -> None:
+    with pytest.raises(ValueError, match="2 of 4 are NaN"):
+        keep_top(torch.tensor([math.nan, 1.0, math.nan, 2.0]), 1)
+
+
+@pytest.mark.parametrize("n", [-1, 7])
+@pytest.mark.parametrize("member_axis", [None, 0])
+def test_more_or_less_than_there_are_raises(n: int, member_axis: int | None) -> None:
+    scores = torch.rand(1, 6)
+    with pytest.raises(ValueError, match=f"n is {n}; allowed is 0 to 6"):
+        keep_top(scores, n, member_axis)
+
+
+def test_one_member_with_too_few_scores_raises() -> None:
+    scores = torch.tensor([[1.0, 2.0, 3.0], [1.0, -torch.inf, -torch.inf]])
+    assert keep_top(scores, 1, member_axis=0).tolist() == [[False, False, True], [True, False, False]]
+    with pytest.raises(ValueError, match="above -inf"):
+        keep_top(scores, 2, member_axis=0)
+
+
+def test_the_lowest_score_that_stays_is_that_of_all_rows_together() -> None:
+    keep, lowest = keep_top_rows(torch.tensor([[5.0, 7.0, 6.0], [1.0, 3.0, 2.0]]), 2)
+    assert keep.tolist() == [[False, True, True], [False, True, True]]
+    assert lowest == 2.0
+
+
+FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+SPECIAL = [1.5, -2.0, 0.0, -0.0, math.inf, -math.inf, math.nan, 3.0]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_zeroing_in_place_equals_torch_where(dtype: torch.dtype, transposed: bool) -> None:
+    for seed in range(8):
+        torch.manual_seed(seed)
+        where = torch.rand(4, 2) < 0.5
+        tensor = nn.Parameter(torch.tensor(SPECIAL, dtype=dtype).view(2, 4).T if transposed else _special(dtype))
+        expected = torch.where(where, 0, tensor.detach())
+        address = tensor.data_ptr()
+        with torch.no_grad():
+            zero_(tensor, where)
+        torch.testing.assert_close(tensor.detach(), expected, rtol=0, atol=0, equal_nan=True)
+        assert tensor.data_ptr() == address
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("value", [0.0, -math.inf, math.inf, -1.5])
+def test_filling_equals_torch_where_and_leaves_the_tensor_alone(dtype: torch.dtype, value: float) -> None:
+    for seed in range(8):
+        torch.manual_seed(seed)
+        where, tensor = torch.rand(4, 2) < 0.5, _special(dtype)
+        filled = fill(tensor, where, value)
+        assert filled.dtype == dtype
+        expected = torch.where(where, torch.tensor(value, dtype=dtype), tensor)
+        torch.testing.assert_close(filled, expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(tensor, _special(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def _special(dtype: torch.dtype) -> Tensor:
+    return torch.tensor(SPECIAL, dtype=dtype).view(4, 2)
+
+
+def test_a_mask_applies_to_tensors_of_any_float_type_and_follows_later_removals() -> None:
+    masks = Masks()
+    masks.add("w", torch.rand(3))
+    for dtype in [*FLOATS, *FLOATS]:
+        tensor = torch.ones(3, dtype=dtype)
+        masks["w"].apply_(tensor)
+        assert tensor.tolist() == masks["w"].live.tolist()
+        masks["w"].remove_(torch.tensor([dtype == torch.float64, dtype == torch.bfloat16, False]))
+    assert masks["w"].live.tolist() == [False, False, True]
+
+
+@given(bits=st.lists(st.booleans(), max_size=70))
+def test_packing_equals_numpy_packbits_and_unpacking_undoes_it(bits: list[bool]) -> None:
+    mask = torch.tensor(bits, dtype=torch.bool)
+    packed = pack(mask)
+    assert packed.dtype == torch.uint8
+    assert packed.tolist() == np.packbits(np.array(bits, dtype=bool), bitorder="little").tolist()
+    assert torch.equal(unpack(packed, mask.shape), mask)
+
+
+@given(shape=st.lists(st.integers(0, 4), max_size=4))
+def test_unpacking_restores_every_shape(shape: list[int]) -> None:
+    mask = torch.rand(shape) < 0.5
+    assert torch.equal(unpack(pack(mask), shape), mask)
+    assert torch.equal(unpack(pack(mask), mask.shape), mask)
+
+
+def test_packing_follows_the_logical_order_of_a_transposed_mask() -> None:
+    mask = torch.tensor([[True, False, False], [True, True, False]])
+    assert pack(mask.T).tolist() == [0b001011]
+    assert torch.equal(unpack(pack(mask.T), [3, 2]), mask.T)
+
+
+def test_removal_counts_are_those_of_sets() -> None:
+    masks = Masks()
+    masks.add("w", torch.rand(4, 5))
+    gone: set[int] = set()
+    for _ in range(5):
+        where = torch.rand(4, 5) < 0.3
+        new = set(where.flatten().nonzero().flatten().tolist())
+        assert masks["w"].remove_(where) == len(new - gone)
+        gone |= new
+        assert masks["w"].n_live == 20 - len(gone)
+        assert set(masks["w"].dead.flatten().nonzero().flatten().tolist()) == gone
+        assert torch.equal(masks["w"].live, ~masks["w"].dead)
+        assert torch.equal(masks["w"].removed, masks["w"].dead)
+
+
+def test_dead_and_removed_for_good_are_two_facts() -> None:
+    masks = Masks()
+    masks.add("w", torch.rand(3))
+    masks["w"].dead[0] = True
+    masks["w"].n_live = 2
+    assert masks["w"].remove_(torch.tensor([True, True, False])) == 1
+    assert masks["w"].removed.tolist() == [True, True, False]
+    assert masks["w"].n_live == 1
+
+
+def test_adding_a_parameter_again_keeps_its_mask() -> None:
+    net = nn.Linear(2, 1)
+    masks = Masks()
+    masks.add("weight", net.weight)
+    masks["weight"].remove_(torch.tensor([[True, False]]))
+    masks.add("weight", net.weight)
+    assert masks["weight"].dead.tolist() == [[True, False]]
+    assert list(masks) == ["weight"]
+    assert len(masks) == 1
+
+
+def test_a_mask_of_another_shape_raises_with_both_shapes() -> None:
+    masks = Masks()
+    masks.add("w", torch.rand(2, 3))
+    with pytest.raises(ValueError, match=r"mask of 'w' has shape \(2, 3\), the parameter \(3, 2\)"):
+        masks.add("w", torch.rand(3, 2))
+
+
+def test_applying_zeroes_exactly_the_dead_cells_of_leaf_parameters() -> None:
+    net = nn.Linear(3, 2)
+    before = net.weight.detach().clone()
+    masks = Masks()
+    masks.add("weight", net.weight)
+    where = torch.tensor([[True, False, False], [False, True, True]])
+    masks["weight"].remove_(where)
+    address, bias = net.weight.data_ptr(), net.bias.detach().clone()
+    masks.apply_(dict(net.named_parameters()))
+    assert torch.equal(net.weight.detach(), before * ~where)
+    assert torch.equal(net.bias.detach(), bias)
+    assert net.weight.data_ptr() == address
+    assert net.weight.is_leaf
+
+
+def masks_of_two() -> Masks:
+    masks = Masks()
+    masks.add("a", torch.rand(3, 5))
+    masks.add("b.c", torch.rand(2, 2, 3))
+    masks["a"].remove_(torch.rand(3, 5) < 0.4)
+    masks["b.c"].dead |= torch.rand(2, 2, 3) < 0.5  # not live, but not removed for good
+    masks["b.c"].n_live = int(masks["b.c"].live.sum())
+    return masks
+
+
+def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
+
+
+def test_a_state_saved_and_loaded_with_weights_only_is_the_same() -> None:
+    masks, restored = masks_of_two(), Masks()
+    restored.add("stale", torch.rand(1))
+    restored.load_state_dict(through_a_file(masks.state_dict()))
+    assert list(restored) == list(masks) == ["a", "b.c"]
+    for name, mask in masks.items():
+        assert torch.equal(restored[name].dead, mask.dead)
+        assert torch.equal(restored[name].removed, mask.removed)
+        assert restored[name].n_live == mask.n_live == int((~mask.dead).sum())
+
+
+def test_a_state_takes_a_bit_a_cell_and_fact() -> None:
+    state = masks_of_two().state_dict()
+    assert state["version"] == 1
+    assert state["masks"]["a"]["shape"] == [3, 5]
+    assert [len(state["masks"][name][fact]) for name in ("a", "b.c") for fact in ("dead", "removed")] == [2] * 4
+
+
+def test_a_state_does_not_change_with_the_masks() -> None:
+    masks = masks_of_two()
+    state = masks.state_dict()
+    kept = through_a_file(state)
+    masks["a"].remove_(torch.ones(3, 5, dtype=torch.bool))
+    assert torch.equal(state["masks"]["a"]["dead"], kept["masks"]["a"]["dead"])
+
+
+@pytest.mark.parametrize("version", [0, 2, None, "1"])
+def test_another_version_raises_and_changes_nothing(version: object) -> None:
+    masks, other = masks_of_two(), Masks()
+    state = {**other.state_dict(), "version": version}
+    with pytest.raises(ValueError, match=rf"version {version!r}; this release reads 1"):
+        masks.load_state_dict(state)
+    assert list(masks) == ["a", "b.c"]
+
+
+def test_inferred_masks_are_the_zeros_of_literal_weights() -> None:
+    net = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))
+    weights = {"0.weight": torch.tensor([[1.0, 0.0, -2.0], [0.0, 0.0, -0.0]]), "2.weight": torch.tensor([[0.0, 1e-30]])}
+    net.load_state_dict({**net.state_dict(), **weights})
+    masks = infer_masks(net, ["*.weight"])
+    assert {name: mask.live.tolist() for name, mask in masks.items()} == {
+        "0.weight": [[True, False, True], [False, False, False]],
+        "2.weight": [[False, True]],
+    }
+    assert [mask.n_live for mask in masks.values()] == [2, 1]
+    assert all(torch.equal(mask.removed, mask.dead) for mask in masks.values())
+
+
+def test_inferring_from_an_unknown_name_raises() -> None:
+    with pytest.raises(ValueError, match="'w' matches no parameter"):
+        infer_masks(nn.Linear(2, 2), ["w"])

@@ -1,0 +1,214 @@
+import json
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_cpna import Axes, Graph, LayerReport, Masks, SparsityReport, trace
+from lightning_cpna.graph import Layer
+from lightning_cpna.report import feeds_something, live_mask, live_units, sparsity_report
+from lightning_cpna.targets import Target, all_targets
+
+# 1 lives. Units are rows, features columns.
+FIRST = [  # 4 features, 5 units
+    [1, 1, 0, 0],
+    [0, 0, 0, 0],
+    [0, 1, 0, 0],
+    [1, 0, 0, 0],
+    [0, 1, 0, 0],
+]
+LAST = [  # 5 units, 2 outputs
+    [1, 1, 0, 0, 1],
+    [0, 0, 0, 0, 1],
+]
+
+
+def masked(net: nn.Module, live: dict[str, list[list[int]]]) -> Masks:
+    masks, parameters = Masks(), dict(net.named_parameters())
+    for name, rows in live.items():
+        masks.add(name, parameters[name])
+        masks[name].remove_(torch.tensor(rows).view(parameters[name].shape) == 0)
+    return masks
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+
+
+def traced() -> tuple[nn.Sequential, Graph]:
+    net = mlp()
+    return net, trace(net, torch.randn(3, 4))
+
+
+def test_counts_equal_those_of_a_hand_drawn_network() -> None:
+    net, graph = traced()
+    report = sparsity_report(
+        masked(net, {"0.weight": FIRST, "2.weight": LAST}), all_targets(net), graph, {"2.weight": 4}
+    )
+    # Units 0 and 4 have both sides; unit 1 has no input, units 2 and 3 no output.
+    assert report.layers == (
+        LayerReport("0.weight", 5, 20, None, live_units=2, units=5, live_features=2, features=4),
+        LayerReport("2.weight", 4, 10, 4, live_units=2, units=2, live_features=3, features=5),
+    )
+    assert [layer.density for layer in report.layers] == [5 / 20, 4 / 10]
+    assert (report.connections, report.size, report.density) == (9, 30, 9 / 30)
+
+
+def test_without_a_trace_units_live_by_their_inputs_alone() -> None:
+    net = mlp()
+    first, last = sparsity_report(masked(net, {"0.weight": FIRST, "2.weight": LAST}), all_targets(net)).layers
+    assert (first.live_units, last.live_units) == (4, 2)
+
+
+def test_a_layer_without_a_mask_is_alive_and_not_reported() -> None:
+    net, graph = traced()
+    report = sparsity_report(masked(net, {"0.weight": FIRST}), all_targets(net), graph)
+    assert [(layer.name, layer.live_units) for layer in report.layers] == [("0.weight", 4)]
+    report = sparsity_report(masked(net, {"2.weight": LAST}), all_targets(net), graph)
+    assert [(layer.name, layer.live_units) for layer in report.layers] == [("2.weight", 2)]
+    assert bool(live_mask(Masks(), all_targets(net)["0.weight"]).all())
+
+
+def test_live_is_the_masks_bit_and_not_a_value_other_than_zero() -> None:
+    net, graph = traced()
+    masks = masked(net, {"0.weight": FIRST, "2.weight": LAST})
+    expected = sparsity_report(masks, all_targets(net), graph)
+    for parameter in net.parameters():
+        nn.init.zeros_(parameter)
+    assert sparsity_report(masks, all_targets(net), graph) == expected
+
+
+def test_which_units_live_is_literal() -> None:
+    net, graph = traced()
+    masks, targets = masked(net, {"0.weight": FIRST, "2.weight": LAST}), all_targets(net)
+    assert live_units(masks, graph, targets, "0.weight").tolist() == [[True, False, False, False, True]]
+    assert feeds_something(masks, graph, targets, "0.weight").tolist() == [[True, True, False, False, True]]
+    assert live_units(masks, graph, targets, "2.weight").tolist() == [[True, True]]
+    assert feeds_something(masks, graph, targets, "2.weight").tolist() == [[True, True]]
+
+
+class TwoReaders(nn.Module):
+    def __init__(self, answers_hidden: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(2, 3), nn.Linear(3, 1), nn.Linear(3, 1)
+        self.answers_hidden = answers_hidden
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        h = self.a(x).relu()
+        return [self.b(h), self.c(h), *([h] if self.answers_hidden else [])]
+
+
+@pytest.mark.parametrize(("answers_hidden", "expected"), [(False, 2), (True, 3)])
+def test_a_unit_lives_by_any_reader_or_as_an_output(answers_hidden: bool, expected: int) -> None:
+    net = TwoReaders(answers_hidden)
+    masks = masked(net, {"a.weight": [[1, 1]] * 3, "b.weight": [[1, 0, 0]], "c.weight": [[0, 1, 0]]})
+    report = sparsity_report(masks, all_targets(net), trace(net, torch.randn(5, 2)))
+    assert report.layers[0].live_units == expected
+
+
+def test_convolution_units_and_features_are_channels_by_hand() -> None:
+    net = nn.Sequential(nn.Conv2d(2, 3, 2, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(12, 1))
+    conv = [[0, 0, 0, 0, 0, 0, 0, 1], [0, 0, 1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]]  # (out, in * 2 * 2)
+    last = [[0, 0, 0, 1, 0, 0, 0, 0, 1, 1, 0, 0]]  # reads one cell of channel 0, none of 1, two of 2
+    report = sparsity_report(
+        masked(net, {"0.weight": conv, "3.weight": last}), all_targets(net), trace(net, torch.randn(2, 2, 3, 3))
+    )
+    assert report.layers == (
+        LayerReport("0.weight", 6, 24, None, live_units=2, units=3, live_features=2, features=2),
+        LayerReport("3.weight", 3, 12, None, live_units=1, units=1, live_features=3, features=12),
+    )
+
+
+def test_units_that_the_trace_loses_live_by_their_inputs() -> None:
+    net = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 1))
+    masks = masked(net, {"0.weight": [[1, 0], [0, 0], [0, 1]], "2.weight": [[0, 0, 1]]})
+    first, last = sparsity_report(masks, all_targets(net), trace(net, torch.randn(5, 2))).layers
+    assert (first.live_units, last.live_features) == (2, 1)
+
+
+def test_members_of_a_stacked_network_are_counted_together() -> None:
+    axes = Axes(member=0, unit=1, input=2)
+    parameters = {"first": nn.Parameter(torch.ones(2, 3, 2)), "last": nn.Parameter(torch.ones(2, 1, 3))}
+    targets = {name: Target(name, parameter, axes) for name, parameter in parameters.items()}
+    graph = Graph(
+        [
+            Layer("first", None, axes, range(3), torch.full((2,), -1)),
+            Layer("last", None, axes, range(3, 4), torch.arange(3), is_output=True),
+        ]
+    )
+    masks = Masks()
+    live = {
+        "first": torch.tensor([[[1, 0], [1, 0], [0, 0]], [[1, 1], [0, 0], [1, 0]]]),
+        "last": torch.tensor([[[0, 1, 1]], [[1, 0, 1]]]),
+    }
+    for name, parameter in parameters.items():
+        masks.add(name, parameter)
+        masks[name].remove_(live[name] == 0)
+    assert live_units(masks, graph, targets, "first").tolist() == [[False, True, False], [True, False, True]]
+    first, last = sparsity_report(masks, targets, graph).layers
+    assert first == LayerReport("first", 5, 12, None, live_units=3, units=6, live_features=3, features=4)
+    assert last == LayerReport("last", 4, 6, None, live_units=2, units=2, live_features=4, features=6)
+
+
+def test_a_masked_bias_has_units_and_one_feature() -> None:
+    net = nn.Linear(2, 3)
+    report = sparsity_report(masked(net, {"bias": [[1, 0, 1]]}), all_targets(net))
+    assert report.layers == (LayerReport("bias", 2, 3, None, live_units=2, units=3, live_features=1, features=1),)
+
+
+REPORT = SparsityReport(
+    (
+        LayerReport("net.0.weight", 1234, 98765, 1200, live_units=17, units=64, live_features=42, features=1543),
+        LayerReport("net.2.weight", 31, 128, None, live_units=1, units=2, live_features=29, features=64),
+    )
+)
+
+
+def test_the_report_as_primitives_is_literal_and_json() -> None:
+    assert REPORT.as_dict() == {
+        "layers": {
+            "net.0.weight": {
+                "name": "net.0.weight",
+                "connections": 1234,
+                "size": 98765,
+                "target": 1200,
+                "live_units": 17,
+                "units": 64,
+                "live_features": 42,
+                "features": 1543,
+                "density": 1234 / 98765,
+            },
+            "net.2.weight": {
+                "name": "net.2.weight",
+                "connections": 31,
+                "size": 128,
+                "target": None,
+                "live_units": 1,
+                "units": 2,
+                "live_features": 29,
+                "features": 64,
+                "density": 31 / 128,
+            },
+        },
+        "totals": {"connections": 1265, "size": 98893, "density": 1265 / 98893},
+    }
+    assert json.loads(json.dumps(REPORT.as_dict())) == REPORT.as_dict()
+
+
+def test_the_printed_report_has_a_line_a_layer_with_its_numbers() -> None:
+    lines = str(REPORT).splitlines()
+    wanted = {
+        "net.0.weight": "1,234 / 98,765 1,200 0.01249 17 / 64 42 / 1,543",
+        "net.2.weight": "31 / 128 0.2422 1 / 2 29 / 64",
+        "total": "1,265 / 98,893 0.01279",
+    }
+    for name, numbers in wanted.items():
+        [line] = [line for line in lines if name in line]
+        assert " ".join(re.sub(r"[^\w.,/ ]", " ", line).split()) == f"{name} {numbers}"
+
+
+def test_an_empty_report_is_dense() -> None:
+    report = sparsity_report(Masks(), {})
+    assert (report.layers, report.connections, report.size, report.density) == ((), 0, 0, 1.0)
+    assert "total" in str(report)
