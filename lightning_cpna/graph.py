@@ -93,7 +93,7 @@ class Graph(Mapping[str, Layer]):
             inputs, units = self.columns(consumer.weight, name, squares.device)
             v = _wide(consumer.axes.view(tensors[consumer.weight]))  # (member, unit, input, *kernel)
             per_input = v.square().sum([1, *range(3, v.ndim)])  # (member, input)
-            squares.index_add_(1, units, per_input[:, inputs])
+            squares.index_add_(1, units, per_input[:, inputs].to(squares.dtype))
         return squares.sqrt()
 
     def feeding_norm(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -67,36 +67,42 @@ def keep_top(scores: Tensor, n: int, member_axis: int | None = None) -> Tensor:
         tensor([False,  True,  True,  True, False])
     """
     rows = scores.reshape(1, -1) if member_axis is None else scores.movedim(member_axis, 0)
-    keep, _ = keep_top_rows(rows.reshape(rows.shape[0], -1), n)
+    rows = rows.reshape(rows.shape[0], -1)  # (member, cell)
+    rows = rows if rows.is_floating_point() else rows.double()
+    keep, _ = keep_top_rows(rows, max(n, 0))
+    if n < 0 or int(keep.sum()) < n * len(rows):
+        fewest = int((rows > -torch.inf).sum(1).min())
+        raise ValueError(f"n is {n}; allowed is the number of scores above -inf, {fewest}, or less")
     return keep.view(scores.shape) if member_axis is None else _unrow(keep, scores, member_axis)
 
 
 def keep_top_rows(rows: Tensor, n: int) -> tuple[Tensor, float]:
-    """Do what ``keep_top`` does for every row of ``(member, cell)``; return also the lowest score that stays."""
+    """Mark the ``n`` largest scores above ``-inf`` of every row of ``(member, cell)``, or all where a row has fewer.
+
+    Returns:
+        Bool tensor ``(member, cell)``, and the lowest score that stays.
+    """
     if torch.isnan(rows.max()):
         n_nan = int(torch.isnan(rows).sum())
         raise ValueError(f"scores: {n_nan} of {rows.numel()} are NaN; pruning would be arbitrary")
-    if not 0 <= n <= rows.shape[1]:
-        raise ValueError(f"n is {n}; allowed is 0 to {rows.shape[1]}, the number of scores")
-    if n == 0:
-        return torch.zeros_like(rows, dtype=torch.bool), torch.inf
     alive = rows > -torch.inf
-    n_removed = int(alive.sum()) - n * rows.shape[0]
-    if len(rows) == 1 and 0 <= n_removed * 64 < rows.numel():
+    n_alive = alive.sum(1, keepdim=True)  # (member, 1)
+    wanted = n_alive.clamp(max=n)
+    n_removed = int((n_alive - wanted).sum())
+    if n_removed == 0 or n == 0:
+        return alive & (wanted > 0), float(fill(rows, ~alive, torch.inf).min())
+    if len(rows) == 1 and n_removed * 64 < rows.numel():
         # Few are to go: to find them costs half of what finding the many that stay does.
         weakest = torch.topk(fill(rows, ~alive, torch.inf), n_removed + 1, largest=False, sorted=False).values
         threshold = weakest.amax(1, keepdim=True)  # (1, 1), the n-th largest score
     else:
         threshold = torch.kthvalue(rows, rows.shape[1] - n + 1, dim=1, keepdim=True).values  # (member, 1)
-    lowest = float(threshold.min())
-    if lowest == -torch.inf or n_removed < 0:
-        raise ValueError(f"n is {n}; allowed is the number of scores above -inf or less")
-    keep = rows >= threshold
-    if int(keep.sum()) != n * rows.shape[0]:
+    keep = (rows >= threshold) & alive
+    if int(keep.sum()) != int(wanted.sum()):
         tied = rows == threshold
         above = rows > threshold
-        keep = above | (tied & (tied.cumsum(1) <= n - above.sum(1, keepdim=True)))
-    return keep, lowest
+        keep = above | (tied & alive & (tied.cumsum(1) <= wanted - above.sum(1, keepdim=True)))
+    return keep, float(fill(threshold, threshold.isneginf(), torch.inf).min())
 
 
 def _unrow(rows: Tensor, like: Tensor, member_axis: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_cpna.graph import Graph
 from lightning_cpna.moments import optimizer_of, reset_moments_, scale_moments_
-from lightning_cpna.targets import all_targets
+from lightning_cpna.targets import all_targets, canonical_name
 from lightning_cpna.tracing import Call, float64_copy, widen
 
 Moments = Literal["keep", "transform", "reset"]
@@ -152,6 +152,6 @@ def verify_rescaling(module: nn.Module, calls: Mapping[str, Call], graph: Graph,
 
 def _outputs(module: nn.Module, prefix: str, call: Call) -> list[Tensor]:
     args, kwargs = widen(call)
-    output = module.get_submodule(prefix)(*args, **kwargs)
+    output = module.get_submodule(canonical_name(prefix))(*args, **kwargs)
     output = vars(output) if hasattr(output, "__dataclass_fields__") else output
     return [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]

@@ -130,6 +130,8 @@ class ScoreInputs:
         if self.graph is None or name not in self.graph:
             reason = "was not traced" if self.graph is None else "is no Linear or Conv weight that the trace saw"
             raise ValueError(f"score: {kind!r} must know the neighbours of {name!r}, which {reason}; {_WAY_OUT}")
+        if kind == "normalized" and (unknown := self.graph[name].unknown_source):
+            raise ValueError(f"score: {kind!r} must know what feeds {name!r}, but {unknown}; {_WAY_OUT}")
         if kind == "path" and (lost := self.graph[name].lost):
             raise ValueError(f"score: {kind!r} must know what the units of {name!r} feed, but {lost}; {_WAY_OUT}")
         return self.graph

@@ -115,7 +115,7 @@ class Sparsity:
                 self.masks.add(target.name, target.parameter)
             names = [target.name for target in targets]
             for label, members in [(pattern, names)] if scope == "shared" else [(name, [name]) for name in names]:
-                total = sum(self._count(name, granularity, full=True) for name in members)
+                total = sum(_size(self.targets[name], granularity) for name in members)
                 n_end = n_keep(wanted[pattern], total, label)
                 if n_end < len(members):
                     raise ValueError(
@@ -126,17 +126,17 @@ class Sparsity:
         self.budgets += budgets
         return budgets
 
-    def n_remaining(self, budget: Budget, without: Mapping[str, Tensor] | None = None) -> int:
-        """Count what remains (of each member), less the connections of ``without`` (bool, by parameter name)."""
-        return sum(self._count(name, budget.granularity, (without or {}).get(name)) for name in budget.names)
+    def n_remaining(self, budget: Budget) -> int:
+        """Count what remains; in a stacked network, of the member with the most."""
+        return int(sum(self._counts(name, budget.granularity) for name in budget.names).max())
 
-    def _count(self, name: str, granularity: Granularity, without: Tensor | None = None, full: bool = False) -> int:
+    def _counts(self, name: str, granularity: Granularity, without: Tensor | None = None) -> Tensor:
+        """Count the live groups of each member, less the connections of ``without``, int64 ``(member,)``."""
         mask, axes = self.masks[name], self.targets[name].axes
-        members = 1 if axes.member is None else mask.dead.shape[axes.member]
-        if granularity == "connection" and without is None:
-            return (mask.dead.numel() if full else mask.n_live) // members
-        live = torch.ones_like(mask.dead) if full else mask.live if without is None else mask.live & ~without
-        return int(any_in_group(axes.view(live), granularity).sum()) // members
+        if granularity == "connection" and without is None and axes.member is None:
+            return torch.tensor([mask.n_live])
+        live = axes.view(mask.live if without is None else mask.live & ~without)
+        return any_in_group(live, granularity).flatten(1).sum(1)
 
     @torch.no_grad()
     def prune_(
@@ -171,7 +171,7 @@ class Sparsity:
             target = self.targets[name]
             scores = score(ScoreInputs(target, self.tensors, self.graph, generator))
             dead = target.axes.view(self.masks[name].dead)  # (member, unit, input, *kernel)
-            scores = scores.expand(dead.shape)
+            scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).expand(dead.shape)
             if budget.granularity == "connection":
                 grouped.append(fill(scores, dead, -torch.inf))
             else:
@@ -200,7 +200,8 @@ class Sparsity:
         for part in torch.split(floored, sizes, dim=1):
             best = part.max(dim=1, keepdim=True)
             part.scatter_(1, best.indices, torch.where(best.values.isneginf(), best.values, torch.inf))
-        return keep_top_rows(floored, n)
+        keep, _ = keep_top_rows(floored, n)
+        return keep, float(rows[keep].min())
 
     def _remove_groups_(
         self, name: str, keep: Tensor, granularity: Granularity, optimizers: Iterable[Optimizer]
@@ -277,8 +278,13 @@ class Sparsity:
             view.copy_(ungroup(dead, "unit", view))
             where &= live
             budgets = [budget for budget in self.budgets if name in budget.names]
-            if bool(where.any()) and all(self.n_remaining(b, {name: where}) >= b.n_end for b in budgets):
+            if bool(where.any()) and not any(self._falls_short(budget, name, where) for budget in budgets):
                 self.remove_(name, where, optimizers)
+
+    def _falls_short(self, budget: Budget, name: str, where: Tensor) -> bool:
+        """Tell whether a member would have less than its budget without these connections of one parameter."""
+        counts = sum(self._counts(n, budget.granularity, where if n == name else None) for n in budget.names)
+        return bool((counts < budget.n_end).any())
 
     def mask_gradients_(self) -> None:
         """Set the gradients of connections that do not live to zero, in place; call it before each optimizer step."""
@@ -291,6 +297,12 @@ class Sparsity:
         """Count what is alive in every masked parameter."""
         wanted = {budget.names[0]: budget.n_end for budget in self.budgets if len(budget.names) == 1}
         return sparsity_report(self.masks, self.targets, self.graph, wanted)
+
+
+def _size(target: Target, granularity: Granularity) -> int:
+    """Count the groups of one member of a parameter, live or not."""
+    view = target.axes.view(target.parameter)  # (member, unit, input, *kernel)
+    return {"connection": view[0].numel(), "unit": view.shape[1], "feature": view.shape[2]}[granularity]
 
 
 _SPARSITY: WeakKeyDictionary[nn.Module, Sparsity] = WeakKeyDictionary()

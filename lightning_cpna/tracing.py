@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_cpna.graph import Graph, Layer, owned
-from lightning_cpna.targets import all_targets
+from lightning_cpna.targets import all_targets, canonical_name
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and keyword arguments of a module's forward."""
@@ -43,6 +43,7 @@ _ELEMENTWISE = {
     "cos", "sqrt", "square", "pow", "batch_norm", "instance_norm", "hardshrink", "softshrink", "add", "iadd", "radd",
     "sub", "isub", "rsub", *_SCALING,
 }  # fmt: skip
+_CASTS = {"float", "double", "half", "bfloat16", "to", "type", "type_as"}
 _REDUCING = {"mean", "sum", "amax", "amin"}
 
 
@@ -68,10 +69,11 @@ def trace(module: nn.Module, *args: Any, **kwargs: Any) -> Graph:
 
 def trace_calls(module: nn.Module, calls: Mapping[str, Call]) -> Graph:
     """Trace calls of submodules (by name, ``""`` for the module itself) that together make up a network."""
-    builder = _Builder()
-    for prefix, (args, kwargs) in calls.items():
-        with float64_copy(module.get_submodule(prefix)) as region:
-            builder.run(region, prefix, *widen((args, kwargs)))
+    with float64_copy(module) as twin:
+        builder = _Builder(twin)
+        for prefix, call in calls.items():
+            path = canonical_name(prefix)
+            builder.run(twin.get_submodule(path), path, *widen(call))
     return builder.graph()
 
 
@@ -91,8 +93,20 @@ def float64_copy(module: nn.Module) -> Iterator[nn.Module]:
         for name, grandchild in list(child.named_children()):
             if hasattr(grandchild, "_orig_mod"):
                 setattr(child, name, grandchild._orig_mod)
-    with torch.no_grad():
+    with torch.no_grad(), _Float64():
         yield twin.double().eval()
+
+
+class _Float64(TorchFunctionMode):
+    """Keeps every float tensor in float64, whatever the forward casts to."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.__name__ in _CASTS and isinstance(out, Tensor) and out.is_floating_point():
+            return args[0].double()  # not the rounded result: rounding would hide what is compared
+        return tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, out)
 
 
 @dataclass(frozen=True)
@@ -105,8 +119,9 @@ class _Flow:
 
 
 class _Builder(TorchFunctionMode):
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
+        self._names = {id(target.parameter): (name, target.axes) for name, target in all_targets(module).items()}
         self._layers: dict[str, Layer] = {}
         self._n_units = 0
         self._obstacles: dict[str, list[str]] = {}
@@ -115,9 +130,6 @@ class _Builder(TorchFunctionMode):
 
     def run(self, region: nn.Module, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run a module under observation."""
-        self._names = {
-            id(t.parameter): (f"{prefix}.{t.name}" if prefix else t.name, t.axes) for t in all_targets(region).values()
-        }
         self._flows: dict[int, _Flow] = {}
         self._alive: list[Any] = []  # keeps every tensor, so that no id is used twice
         self._stack: list[str] = []
@@ -134,7 +146,8 @@ class _Builder(TorchFunctionMode):
     def graph(self) -> Graph:
         """Return what was seen."""
         for name, layer in self._layers.items():
-            layer.is_output = name in self._outputs
+            unread = not any(owned(other.sources, layer).any() for other in self._layers.values())
+            layer.is_output = name in self._outputs or (unread and name not in self._lost)
             layer.lost = self._lost.get(name)
             layer.obstacles = self._obstacles.get(name, [])
             if layer.is_output:
@@ -157,7 +170,7 @@ class _Builder(TorchFunctionMode):
         self._alive += [*tensors, *results]
         if name in _LAYERS and self._is_layer(args, kwargs):
             self._flows[id(out)] = self._layer(name, out, *args, **kwargs)
-        elif results and (inputs or self._is_opaque(name, tensors)):
+        elif results and (inputs or name in _LAYERS or self._is_opaque(name, tensors)):
             flows = self._passed(func, name, inputs, results, args, kwargs)
             self._flows.update(zip(map(id, results), flows, strict=True))
         return out
@@ -198,8 +211,11 @@ class _Builder(TorchFunctionMode):
             self._block([name, *feeding, *(flow.layers if flow else ())], reason)
             self._lose([name, *feeding, *(flow.layers if flow else ())], reason)
         n_units = out.shape[dimension]
-        units = range(self._n_units, self._n_units + n_units)
-        self._n_units += n_units
+        if name in self._layers:
+            units = self._layers[name].units
+        else:
+            units = range(self._n_units, self._n_units + n_units)
+            self._n_units += n_units
         sources, unknown = torch.full((weight.shape[axes.input or 0],), -1), None
         if flow is not None:
             known = self._sources(flow, dimension) if groups == 1 else None
@@ -211,6 +227,8 @@ class _Builder(TorchFunctionMode):
                 self._block(flow.layers, unknown)
                 self._lose(flow.layers, unknown)
         bias_name = None if bias is None else self._names[id(bias)][0]
+        if name in self._layers and not torch.equal(sources, self._layers[name].sources):
+            sources, unknown = torch.full_like(sources, -1), f"{name!r} is used more than once"
         self._layers[name] = Layer(name, bias_name, axes, units, sources, unknown)
         shape = [1] * out.ndim
         shape[dimension] = n_units

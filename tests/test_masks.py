@@ -150,11 +150,11 @@ def _special(dtype: torch.dtype) -> Tensor:
 def test_a_mask_applies_to_tensors_of_any_float_type_and_follows_later_removals() -> None:
     masks = Masks()
     masks.add("w", torch.rand(3))
-    for dtype in [*FLOATS, *FLOATS]:
+    for dtype in [torch.float64, torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float16]:
         tensor = torch.ones(3, dtype=dtype)
         masks["w"].apply_(tensor)
         assert tensor.tolist() == masks["w"].live.tolist()
-        masks["w"].remove_(torch.tensor([dtype == torch.float64, dtype == torch.bfloat16, False]))
+        masks["w"].remove_(torch.tensor([dtype == torch.float32, dtype == torch.float16, False]))
     assert masks["w"].live.tolist() == [False, False, True]
 
 

@@ -127,6 +127,26 @@ def test_units_that_the_trace_loses_live_by_their_inputs() -> None:
     assert (first.live_units, last.live_features) == (2, 1)
 
 
+class PartlyLost(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(2, 3), nn.Linear(3, 1), nn.Linear(3, 1)
+        self.norm = nn.LayerNorm(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        out: Tensor = self.b(h) + self.c(self.norm(h))
+        return out
+
+
+def test_units_with_one_known_reader_and_one_lost_live_by_their_inputs() -> None:
+    net = PartlyLost()
+    masks = masked(net, {"a.weight": [[1, 0], [0, 0], [0, 1]], "b.weight": [[0, 0, 1]]})
+    graph = trace(net, torch.randn(5, 2))
+    assert [layer.weight for layer in graph.fed_by("a.weight")] == ["b.weight"]
+    assert live_units(masks, graph, all_targets(net), "a.weight").tolist() == [[True, False, True]]
+
+
 def test_members_of_a_stacked_network_are_counted_together() -> None:
     axes = Axes(member=0, unit=1, input=2)
     parameters = {"first": nn.Parameter(torch.ones(2, 3, 2)), "last": nn.Parameter(torch.ones(2, 1, 3))}

@@ -474,6 +474,17 @@ def test_no_budget_falls_below_its_count_however_the_layers_are_pruned(seed: int
     assert [count(net.get_parameter(b.names[0]), "connection") for b in budgets] == list(ends)
 
 
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        out: Tensor = self.c(h + self.b(h))
+        return out
+
+
 def test_units_that_are_outputs_or_lost_are_never_dead() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
     sparsity = traced(net, torch.randn(5, 3))
@@ -481,6 +492,10 @@ def test_units_that_are_outputs_or_lost_are_never_dead() -> None:
     before = copy.deepcopy(net.state_dict())
     sparsity.remove_dead_units_()
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    sparsity = traced(Residual(), torch.randn(5, 3))
+    sparsity.remove_("b.weight", torch.tensor([[True, False, False]] * 3))
+    sparsity.remove_dead_units_()
+    assert list(sparsity.masks) == ["b.weight"]
     untraced = Sparsity(net)
     untraced.remove_dead_units_()
     assert len(untraced.masks) == 0

@@ -336,6 +336,13 @@ def test_weights_that_read_the_input_without_being_a_layer_are_an_unknown_source
     assert trace(net, torch.randn(2, 5, 3))["b.weight"].unknown_source == "LSTM 'lstm' (lstm) mixes units"
 
 
+def test_a_layer_whose_weight_is_computed_is_an_unknown_source() -> None:
+    net = Net(lambda s, x: s.b(F.linear(x, s.a.weight * 2).relu()), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    graph = trace(net, ROWS)
+    assert list(graph) == ["b.weight"]
+    assert graph["b.weight"].unknown_source == "Net '' (linear) mixes units"
+
+
 def test_an_embedding_is_an_input_like_any_other() -> None:
     net = nn.Sequential(nn.Embedding(9, 3), nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     graph = trace(net, torch.randint(9, (5,)))
@@ -425,6 +432,15 @@ def test_calls_of_two_parts_make_one_graph_with_full_names() -> None:
     assert [layer.is_output for layer in graph.values()] == [False, True, False, True]
     assert graph["left.0.weight"].obstacles == ["Tanh 'left.1' (tanh) does not scale with its input"]
     assert graph["left.0.weight"].bias == "left.0.bias"
+
+
+def test_a_weight_that_two_calls_share_goes_by_its_first_name_and_is_used_more_than_once() -> None:
+    encoder, decoder = nn.Linear(3, 4), nn.Linear(3, 4)
+    decoder.weight = encoder.weight
+    net = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
+    graph = trace_calls(net, {"encoder": ((ROWS,), {}), "decoder": ((ROWS,), {})})
+    assert list(graph) == ["encoder.weight"]
+    assert graph["encoder.weight"].lost == "'encoder.weight' is used more than once"
 
 
 def test_tracing_leaves_the_module_as_it_is() -> None:

@@ -1,0 +1,130 @@
+"""What the callback costs a training step, as ratios to no callback, beside Lightning's ModelPruning; one thread."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+
+from lightning_cpna import Annealing, CPNAPruning, Geometric, OneShot, Score
+from tests.helpers import Classifier, trainer
+
+pytestmark = pytest.mark.benchmark
+BATCH = 256
+
+
+class StepTimer(pl.Callback):
+    """Times whole batches, from one batch's end to the next one's; it stands last."""
+
+    def __init__(self, skip: int) -> None:
+        self.skip, self.times, self.last = skip, list[float](), 0.0
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        now = time.perf_counter()
+        if trainer.global_step > self.skip:
+            self.times.append(now - self.last)
+        self.last = now
+
+
+class PruneEveryStep(pl.callbacks.ModelPruning):
+    """Lightning's ModelPruning, which acts once an epoch, made to act after every batch."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.apply_pruning(self.amount)
+
+
+def milliseconds(net: nn.Module, n_features: int, callbacks: list[Any], steps: int, skip: int) -> float:
+    x = torch.rand(12 * BATCH, n_features) * 2 - 1
+    dataset = TensorDataset(x, (x[:, :3].prod(1, keepdim=True) > 0).float())
+    loader = DataLoader(dataset, sampler=BatchSampler(RandomSampler(dataset), BATCH, drop_last=True), batch_size=None)
+    timer = StepTimer(skip)
+    trainer(*callbacks, timer, epochs=-1, max_steps=steps).fit(Classifier(net), loader)
+    return 1e3 * statistics.median(timer.times)
+
+
+def compare(
+    name: str,
+    make: Callable[[], nn.Module],
+    n_features: int,
+    ways: dict[str, Callable[[nn.Module], list[Any]]],
+    steps: int,
+    skip: int,
+    rounds: int,
+) -> dict[str, float]:
+    """Alternate the ways and return each one's median ratio to the first, which uses no callback."""
+    torch.set_num_threads(1)
+    ratios: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        times: dict[str, float] = {}
+        for way, callbacks in ways.items():
+            net = make()
+            times[way] = milliseconds(net, n_features, callbacks(net), steps, skip)
+            ratios[way].append(times[way] / times["no callback"])
+    medians = {way: statistics.median(values) for way, values in ratios.items()}
+    for way, median in medians.items():
+        print(f"{name:24} {way:34} {median:6.3f} x  (last round {times[way]:.2f} ms a step)")
+    return medians
+
+
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(20, 4096), nn.ReLU(), nn.Linear(4096, 1))
+
+
+def large() -> nn.Module:
+    return nn.Sequential(nn.Linear(1024, 3072), nn.ReLU(), nn.Linear(3072, 2048), nn.ReLU(), nn.Linear(2048, 1))
+
+
+def lightnings(kind: type[pl.callbacks.ModelPruning], net: nn.Module, layer: int, **options: Any) -> list[Any]:
+    return [
+        kind(
+            "l1_unstructured",
+            parameters_to_prune=[(net[layer], "weight")],
+            use_lottery_ticket_hypothesis=False,
+            **options,
+        )
+    ]  # type: ignore[index]
+
+
+def test_masks_that_are_fixed_cost_at_most_5_percent_of_a_step_of_ten_million_weights() -> None:
+    ways: dict[str, Callable[[nn.Module], list[Any]]] = {
+        "no callback": lambda net: [],
+        "CPNAPruning": lambda net: [
+            CPNAPruning({"net.[02].weight": 0.1}, schedule=OneShot(1), score="magnitude", normalize=False)
+        ],
+        "ModelPruning": lambda net: [
+            *lightnings(pl.callbacks.ModelPruning, net, 0, amount=0.9),
+            *lightnings(pl.callbacks.ModelPruning, net, 2, amount=0.9),
+        ],
+    }
+    medians = compare("10M weights, fixed masks", large, 1024, ways, steps=20, skip=14, rounds=5)
+    assert medians["CPNAPruning"] <= 1.05
+
+
+def test_annealing_at_every_step_costs_at_most_15_percent_of_a_step_on_5d_xor() -> None:
+    steps = 400
+    ways: dict[str, Callable[[nn.Module], list[Any]]] = {
+        "no callback": lambda net: [],
+        "CPNAPruning, hidden, normalised": lambda net: [
+            CPNAPruning({"net.2.weight": 64}, schedule=Annealing(0, steps))
+        ],
+        "CPNAPruning, input, path": lambda net: [
+            CPNAPruning({"net.0.weight": 256}, schedule=Geometric(0, steps), normalize=False)
+        ],
+        "CPNAPruning, input, group-aware": lambda net: [
+            CPNAPruning(
+                {"net.0.weight": 256}, schedule=Geometric(0, steps), score=Score("path", exponent=12), normalize=False
+            )
+        ],
+        "ModelPruning, hidden, every step": lambda net: lightnings(PruneEveryStep, net, 2, amount=8),
+        "ModelPruning, input, every step": lambda net: lightnings(PruneEveryStep, net, 0, amount=180),
+    }
+    medians = compare("5-D XOR, every step", wide, 20, ways, steps=steps, skip=10, rounds=5)
+    assert medians["CPNAPruning, hidden, normalised"] <= 1.15
+    assert medians["CPNAPruning, input, path"] <= 1.15

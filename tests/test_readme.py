@@ -1,0 +1,35 @@
+"""The README's code runs and its table is the one that the committed results give."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("position", [i for i, block in enumerate(BLOCKS) if "trainer.fit(model, loader)" not in block])
+def test_a_block_of_code_runs(position: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, Any] = {}
+    exec(compile(BLOCKS[position], f"README.md, block {position}", "exec"), space)
+    if "pruning" in space:
+        layers = {layer.name: layer for layer in space["pruning"].report(space["model"]).layers}
+        assert (layers["net.0.weight"].connections, layers["net.2.weight"].connections) == (12, 6)
+        assert layers["net.0.weight"].live_features == 2
+
+
+def test_the_table_is_made_from_the_committed_results() -> None:
+    table = pytest.importorskip("examples.xor.table", reason="the extra 'examples' is not installed")
+    files = sorted((ROOT / "examples" / "xor" / "results").glob("*.json"))
+    assert table.fill(README, table.load(files)) == README
+
+
+def test_the_pictures_are_there() -> None:
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / picture).is_file()
