@@ -69,10 +69,11 @@ def keep_top(scores: Tensor, n: int, member_axis: int | None = None) -> Tensor:
     rows = scores.reshape(1, -1) if member_axis is None else scores.movedim(member_axis, 0)
     rows = rows.reshape(rows.shape[0], -1)  # (member, cell)
     rows = rows if rows.is_floating_point() else rows.double()
-    keep, _ = keep_top_rows(rows, max(n, 0))
-    if n < 0 or int(keep.sum()) < n * len(rows):
-        fewest = int((rows > -torch.inf).sum(1).min())
-        raise ValueError(f"n is {n}; allowed is the number of scores above -inf, {fewest}, or less")
+    if not 0 <= n <= rows.shape[1]:
+        raise ValueError(f"n is {n}; allowed is 0 to {rows.shape[1]}, the number of scores")
+    keep, _ = keep_top_rows(rows, n)
+    if int(keep.sum()) < n * len(rows):
+        raise ValueError(f"n is {n}; allowed is the number of scores above -inf or less")
     return keep.view(scores.shape) if member_axis is None else _unrow(keep, scores, member_axis)
 
 

@@ -128,7 +128,7 @@ class Sparsity:
 
     def n_remaining(self, budget: Budget) -> int:
         """Count what remains; in a stacked network, of the member with the most."""
-        return int(sum(self._counts(name, budget.granularity) for name in budget.names).max())
+        return int(torch.stack([self._counts(name, budget.granularity) for name in budget.names]).sum(0).max())
 
     def _counts(self, name: str, granularity: Granularity, without: Tensor | None = None) -> Tensor:
         """Count the live groups of each member, less the connections of ``without``, int64 ``(member,)``."""
@@ -165,6 +165,8 @@ class Sparsity:
         Raises:
             ValueError: If fewer than ``n`` remain, a score is NaN, or the score needs something that is not there.
         """
+        if n > (remaining := self.n_remaining(budget)):
+            raise ValueError(f"n is {n}; allowed is what remains of {budget.label!r}, {remaining}, or less")
         generator = generator or torch.Generator().manual_seed(getattr(score, "seed", 0))
         grouped = []  # a parameter each, (member, cell)
         for name in budget.names:
@@ -283,8 +285,8 @@ class Sparsity:
 
     def _falls_short(self, budget: Budget, name: str, where: Tensor) -> bool:
         """Tell whether a member would have less than its budget without these connections of one parameter."""
-        counts = sum(self._counts(n, budget.granularity, where if n == name else None) for n in budget.names)
-        return bool((counts < budget.n_end).any())
+        counts = [self._counts(n, budget.granularity, where if n == name else None) for n in budget.names]
+        return bool((torch.stack(counts).sum(0) < budget.n_end).any())
 
     def mask_gradients_(self) -> None:
         """Set the gradients of connections that do not live to zero, in place; call it before each optimizer step."""

@@ -37,7 +37,7 @@ class PruneEveryStep(pl.callbacks.ModelPruning):
     """Lightning's ModelPruning, which acts once an epoch, made to act after every batch."""
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        self.apply_pruning(self.amount)
+        self.apply_pruning(self.amount)  # type: ignore[arg-type]
 
 
 def milliseconds(net: nn.Module, n_features: int, callbacks: list[Any], steps: int, skip: int) -> float:
@@ -81,7 +81,7 @@ def large() -> nn.Module:
     return nn.Sequential(nn.Linear(1024, 3072), nn.ReLU(), nn.Linear(3072, 2048), nn.ReLU(), nn.Linear(2048, 1))
 
 
-def lightnings(kind: type[pl.callbacks.ModelPruning], net: nn.Module, layer: int, **options: Any) -> list[Any]:
+def lightnings(kind: type[pl.callbacks.ModelPruning], net: Any, layer: int, **options: Any) -> list[Any]:
     return [
         kind(
             "l1_unstructured",
@@ -89,7 +89,7 @@ def lightnings(kind: type[pl.callbacks.ModelPruning], net: nn.Module, layer: int
             use_lottery_ticket_hypothesis=False,
             **options,
         )
-    ]  # type: ignore[index]
+    ]
 
 
 def test_masks_that_are_fixed_cost_at_most_5_percent_of_a_step_of_ten_million_weights() -> None:
