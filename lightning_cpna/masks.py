@@ -32,6 +32,9 @@ def zero_(tensor: Tensor, where: Tensor) -> None:
 
     On the CPU ``masked_fill_`` branches at every element; masking bits is ten times faster on scattered masks.
     """
+    if tensor.dtype not in _INTEGERS:
+        tensor.masked_fill_(where, 0)
+        return
     bits = keep_bits(where, tensor.dtype)
     tensor.view(bits.dtype).bitwise_and_(bits)
 

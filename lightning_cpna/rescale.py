@@ -44,7 +44,9 @@ def rescalable(graph: Graph, names: Iterable[str]) -> list[str]:
     return producers
 
 
-_WAYS_OUT = "use normalize=False (CPA), or score='normalized', which needs no rescaling"
+_WAYS_OUT = (
+    "use normalize=False (CPA); with it score='normalized' needs no rescaling, and score='magnitude' not even a trace"
+)
 
 
 @torch.no_grad()

@@ -33,13 +33,13 @@ class Schedule:
     def __post_init__(self) -> None:
         for name in ("start", "end"):
             value = getattr(self, name)
-            if value < 0 or (isinstance(value, float) and value > 1):
+            if not 0 <= value <= (1 if isinstance(value, float) else math.inf):
                 raise ValueError(
                     f"{name} is {value}; allowed is a step (int >= 0) or a fraction of the run (0.0 to 1.0)"
                 )
         if isinstance(self.start, int) is isinstance(self.end, int) and self.end < self.start:
             raise ValueError(f"end is {self.end}; allowed is {self.start} (start) or later")
-        if self.every < 1:
+        if type(self.every) is not int or self.every < 1:
             raise ValueError(f"every is {self.every}; allowed is an int >= 1")
 
     def fraction_left(self, t: float) -> float:
@@ -120,7 +120,7 @@ class Annealing(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mu < 0:
+        if not self.mu >= 0:
             raise ValueError(f"mu is {self.mu}; allowed is a float >= 0")
 
     def fraction_left(self, t: float) -> float:

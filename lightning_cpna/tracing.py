@@ -86,7 +86,8 @@ def widen(call: Call) -> Call:
 @contextmanager
 def float64_copy(module: nn.Module) -> Iterator[nn.Module]:
     """Yield an uncompiled float64 copy of a module in eval mode, with gradients off."""
-    twin = copy.deepcopy(getattr(module, "_orig_mod", module))
+    with _Float64():
+        twin = copy.deepcopy(getattr(module, "_orig_mod", module))
     for child in twin.modules():
         child.__dict__.pop("forward", None)  # Lightning compiles a module by replacing its forward
         child._compiled_call_impl = None
@@ -103,9 +104,11 @@ class _Float64(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is Tensor.__deepcopy__:  # an activation that the module keeps cannot be copied with its history
+            return func(args[0].detach(), *args[1:])
         out = func(*args, **(kwargs or {}))
         if func.__name__ in _CASTS and isinstance(out, Tensor) and out.is_floating_point():
-            return args[0].double()  # not the rounded result: rounding would hide what is compared
+            return args[0].to(out.device, torch.float64)  # not the rounded result: rounding would hide what is compared
         return tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, out)
 
 

@@ -73,6 +73,21 @@ def test_keep_top_equals_a_stable_torch_sort_of_many_scores(n: int) -> None:
     assert torch.equal(keep_top(scores, n).flatten(), expected)
 
 
+@pytest.mark.parametrize("n_removed", [0, 1, 2, 30, 60, 4000])
+@pytest.mark.parametrize("levels", [2, 10**6])
+@pytest.mark.parametrize("members", [1, 3])
+def test_one_more_round_among_many_dead_equals_a_stable_torch_sort(members: int, levels: int, n_removed: int) -> None:
+    scores = torch.randint(0, levels, (members, 9000)).double()
+    dead = torch.stack([torch.randperm(9000) < 2000 for _ in range(members)])
+    scores = scores.masked_fill(dead, -torch.inf)
+    order = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, : 7000 - n_removed]
+    expected = torch.zeros_like(dead).scatter_(1, order, True)
+    keep, lowest = keep_top_rows(scores, 7000 - n_removed)
+    assert torch.equal(keep, expected)
+    assert torch.equal(keep_top(scores, 7000 - n_removed, member_axis=0), expected)
+    assert lowest == float(scores[expected].min())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64])
 def test_keep_top_is_literal_in_every_dtype(dtype: torch.dtype) -> None:
     scores = torch.tensor([[3, 1, 3], [3, 2, 0]], dtype=dtype)
@@ -109,6 +124,11 @@ def test_the_lowest_score_that_stays_is_that_of_all_rows_together() -> None:
     keep, lowest = keep_top_rows(torch.tensor([[5.0, 7.0, 6.0], [1.0, 3.0, 2.0]]), 2)
     assert keep.tolist() == [[False, True, True], [False, True, True]]
     assert lowest == 2.0
+
+
+def test_a_row_with_fewer_than_are_wanted_keeps_what_it_has() -> None:
+    rows = torch.tensor([[5.0, -torch.inf, -torch.inf], [1.0, 3.0, 2.0], [7.0, -torch.inf, 7.0]])
+    assert keep_top_rows(rows, 2)[0].tolist() == [[True, False, False], [False, True, True], [True, False, True]]
 
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

@@ -446,6 +446,14 @@ def test_verifying_catches_a_reader_that_the_trace_cannot_see() -> None:
     assert "score='normalized'" in str(error.value)
 
 
+def test_verifying_passes_for_a_module_that_keeps_its_activations() -> None:
+    net, x = nn.ModuleDict({"net": mlp(4, 5, 3)}), torch.randn(6, 4)
+    net.register_buffer("last", net["net"](x), persistent=False)
+    graph = trace(mlp(4, 5, 3), x)
+    renamed = [Layer(f"net.{n}", f"net.{y.bias}", y.axes, y.units, y.sources) for n, y in graph.items()]
+    verify_rescaling(net, {"net": ((x,), {})}, Graph(renamed), ["net.0.weight"])
+
+
 def test_verifying_catches_an_output_that_was_exactly_zero_before() -> None:
     net = Net(
         lambda s, x: s.b(h := s.a(x).relu()) - s.c(torch.from_numpy(h.numpy())),

@@ -369,6 +369,9 @@ def test_a_layer_used_twice_in_a_row_is_lost_by_name_and_so_is_what_feeds_it() -
     for name in ("a.weight", "twice.weight"):
         assert graph[name].lost == "'twice.weight' is used more than once"
         assert graph[name].obstacles == ["'twice.weight' is used more than once"]
+    assert graph["twice.weight"].unknown_source == "'twice.weight' is used more than once"
+    assert graph.feeding("twice.weight") == []
+    assert [layer.weight for layer in graph.feeding("b.weight")] == ["twice.weight"]
 
 
 def siamese() -> nn.Module:
@@ -463,6 +466,40 @@ def test_a_compiled_part_is_traced_uncompiled_under_its_own_names() -> None:
     assert sources(trace(net, ROWS)) == {"0.0.weight": [-1] * 3, "1.weight": [0, 1, 2, 3]}
     whole: Any = torch.compile(nn.Sequential(nn.Linear(3, 4)), backend="eager")
     assert list(trace(whole, ROWS)) == ["0.weight"]
+
+
+class Remembering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        self.seen.append(out)
+        return out
+
+
+@pytest.mark.parametrize("prefix", ["", "net"])
+def test_a_module_that_keeps_its_activations_is_traced_all_the_same(prefix: str) -> None:
+    module = Remembering()
+    module(ROWS)  # what it keeps has a gradient function, so that it cannot simply be copied
+    graph = trace_calls(module, {prefix: ((ROWS,), {})})
+    assert sources(graph) == {"net.0.weight": [-1] * 3, "net.2.weight": [0, 1, 2, 3]}
+    assert len(module.seen) == 1
+
+
+def never(*args: Any) -> Any:
+    raise AssertionError(args)
+
+
+@pytest.mark.parametrize("place", ["_compiled_call_impl", "forward"])
+def test_a_part_compiled_in_place_is_traced_uncompiled(place: str) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    setattr(net[0], place, never)
+    assert sources(trace(net, ROWS)) == {"0.weight": [-1] * 3, "1.weight": [0, 1, 2, 3]}
+    with pytest.raises(AssertionError):
+        net(ROWS)
 
 
 def test_the_float64_copy_is_a_copy_in_float64_and_eval_mode_without_gradients() -> None:

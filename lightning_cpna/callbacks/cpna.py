@@ -13,7 +13,7 @@ from lightning_cpna._lightning import LightningModule, Trainer
 from lightning_cpna.callbacks.base import Fit, SparsityCallback, agree
 from lightning_cpna.graph import Graph
 from lightning_cpna.plots import connectivity, log_figure, plot_connectivity
-from lightning_cpna.rescale import rescalable, rescale_, verify_rescaling
+from lightning_cpna.rescale import Moments, rescalable, rescale_, verify_rescaling
 from lightning_cpna.schedules import Annealing, Geometric, Schedule, ScheduleFunction, n_remaining, resolved_schedule
 from lightning_cpna.scores import Granularity, Score, ScoreFunction, ScoreKind
 from lightning_cpna.sparsity import Budget, Scope, Sparsity
@@ -37,11 +37,8 @@ class Stage:
     producers: tuple[str, ...]
 
     def acts(self, step: int) -> bool:
-        """Tell whether this step prunes."""
-        if not isinstance(self.schedule, Schedule):
-            return True
-        start, end, every = self.schedule.start, self.schedule.end, self.schedule.every
-        return step >= start and (step >= end or (step - start) % every == 0)
+        """Tell whether pruning has begun."""
+        return not isinstance(self.schedule, Schedule) or step >= self.schedule.start
 
     def normalizes(self, step: int) -> bool:
         """Tell whether this step normalises."""
@@ -118,6 +115,9 @@ class CPNAPruning(SparsityCallback):
                 raise ValueError(
                     f"targets: {pattern!r} is {wanted!r}; allowed is a count (int >= 1) or a density in (0, 1)"
                 )
+        for argument, value in (("schedule", schedule), ("score", score)):
+            if not (value is None or isinstance(value, str) or callable(value)):
+                raise ValueError(f"{argument} is {value!r}; allowed is a name, an object of ours or a function")
         self.targets = targets
         self.schedule = schedule
         self.granularity: Granularity = granularity
@@ -203,10 +203,8 @@ class CPNAPruning(SparsityCallback):
 
     @torch.no_grad()
     def _after_step(self, fit: Fit, trainer: Trainer) -> None:
-        sparsity, moments = (
-            fit.sparsity,
-            self.normalize if self.normalize in ("transform", "reset") else "keep",
-        )
+        sparsity = fit.sparsity
+        moments: Moments = "keep" if isinstance(self.normalize, bool) or self.normalize is None else self.normalize
         for stage in self._stages:
             if stage.normalizes(self._step) and sparsity.graph is not None:
                 rescale_(

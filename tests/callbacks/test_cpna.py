@@ -298,6 +298,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"normalize": "yes"}, "normalize is 'yes'; allowed"),
     ({"score": "hessian"}, "score is 'hessian'; allowed is one of magnitude, normalized"),
     ({"name": ""}, "name is ''"),
+    ({"score": 3}, "score is 3; allowed"),
+    ({"schedule": 100}, "schedule is 100; allowed"),
 ]
 
 
