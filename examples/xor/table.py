@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.xor.figures import TITLES
+from examples.xor.recipes import METHODS
 
 # Guo et al., Table 1: test AUC in percent by k and method; FSA + CPNA is not theirs.
 PAPER = {
@@ -26,12 +27,13 @@ START, END = "<!-- results of examples.xor -->", "<!-- end of results -->"
 
 
 def rows(results: list[dict[str, Any]]) -> list[list[str]]:
-    """Summarise runs: a row for each problem and method, in the order in which they come."""
+    """Summarise runs: a row for each problem and method, in the paper's order."""
     groups: dict[tuple[int, int, int, str], list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault((result["k"], result["p"], result["hidden"], result["method"]), []).append(result)
     found = []
-    for (k, p, hidden, method), runs in groups.items():
+    ordered = sorted(groups.items(), key=lambda item: (item[0][0], -item[0][1], METHODS.index(item[0][3])))
+    for (k, p, hidden, method), runs in ordered:
         aucs = [run["test_auc"] for run in runs]
         spread = statistics.stdev(aucs) if len(aucs) > 1 else 0.0
         paper = PAPER[k].get(method) if p == PAPER_SIZES[k] else None

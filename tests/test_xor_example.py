@@ -1,0 +1,81 @@
+"""The XOR example's data, recipes and command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("joblib", reason="the extra 'examples' is not installed")
+
+from examples.xor.__main__ import main, parse
+from examples.xor.problem import Phase, PhaseBatches, XORData
+from examples.xor.recipes import METHODS, PROBLEMS, callbacks, recipe
+
+
+def test_labels_agree_with_the_signs_of_the_first_coordinates() -> None:
+    data = XORData(3, 8, 500, torch.Generator().manual_seed(0))
+    negative = (data.x[:, :3] < 0).sum(1)
+    assert torch.equal(data.y, (negative % 2 == 0).float())
+    assert float(data.x.abs().max()) <= 1.0
+    assert 0.4 < float(data.y.mean()) < 0.6
+
+
+def test_a_phase_gives_every_sample_once_an_epoch() -> None:
+    batches = PhaseBatches(10, [Phase(2, 4), Phase(1, None)], torch.Generator().manual_seed(0))
+    drawn = list(batches)
+    assert len(drawn) == len(batches) == 7
+    assert sorted(torch.cat(drawn[:3]).tolist()) == sorted(torch.cat(drawn[3:6]).tolist()) == list(range(10))
+    assert drawn[6] == slice(None)
+
+
+@pytest.mark.parametrize("k", PROBLEMS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_recipe_ends_at_the_papers_counts(k: int, method: str) -> None:
+    last: dict[str, int | float] = {}
+    end: float = 0
+    for callback in callbacks(recipe(k, method), 3000):
+        assert callback.schedule.start >= end, "stages overlap"  # type: ignore[union-attr]
+        end = callback.schedule.window_end()  # type: ignore[union-attr]
+        if callback.granularity == "connection":
+            last.update(callback.targets)
+    wanted = {"net.2.weight": PROBLEMS[k].n_hidden, "net.0.weight": PROBLEMS[k].n_inputs}
+    assert last == {name: wanted[name] for name in last}
+    assert len(last) == {"nn": 0, "cpa_hidden": 1, "cpna_hidden": 1}.get(method, 2)
+    assert end <= sum(phase.steps(3000) for phase, _ in recipe(k, method))
+
+
+def test_the_command_writes_results_figures_and_tensorboard_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--n", "60", "--p", "6", "--hidden", "64", "--seeds", "1", "--first-seed", "5", "--jobs", "1"]
+    main([*arguments, "--methods", "nn", "fsa_cpna", "--out", str(tmp_path)])
+    runs = json.loads((tmp_path / "results.json").read_text())
+    assert [(run["k"], run["p"], run["n"], run["method"], run["seed"]) for run in runs] == [
+        (3, 6, 60, "nn", 5),
+        (3, 6, 60, "fsa_cpna", 5),
+    ]
+    assert runs[0]["connections"] == {"net.0.weight": 384, "net.2.weight": 64}
+    assert runs[1]["connections"] == {"net.0.weight": 24, "net.2.weight": 12}
+    assert runs[1]["live_features"] == 3
+    assert all(0 <= run["test_auc"] <= 100 and run["seconds"] > 0 for run in runs)
+    pictures = {file.name for file in tmp_path.glob("*.png")}
+    assert pictures == {"3d_p6_training.png", "3d_p6_connections.png", "3d_p6_connectivity_fsa_cpna.png"}
+    assert list((tmp_path / "tensorboard" / "3d_p6_fsa_cpna" / "seed_5").glob("events*"))
+    assert "FSA + CPNA" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0"], "--seeds: 0 is too small; allowed is 1 or more"),
+        (["--k", "5", "--p", "4"], "--p: 4 is less than k; allowed is 5 or more"),
+        (["--methods", "svm"], "invalid choice: 'svm'"),
+    ],
+)
+def test_a_bad_flag_is_refused_by_name(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(arguments)
+    assert message in capsys.readouterr().err
