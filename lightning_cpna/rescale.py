@@ -28,25 +28,30 @@ def rescalable(graph: Graph, names: Iterable[str]) -> list[str]:
     producers: list[str] = []
     for name in names:
         if name not in graph:
-            raise ValueError(f"normalize=True: {name!r} is no Linear or Conv weight that the trace saw; {_WAYS_OUT}")
+            raise ValueError(
+                f"normalize: {name!r} is no Linear or Conv weight that ran on the first training batch; "
+                f"{_ways_out(graph, name)}"
+            )
         feeding = graph.feeding(name)
         if not feeding:
             reason = graph[name].unknown_source or "it reads the input of the network"
-            raise ValueError(f"normalize=True: no units are known to feed {name!r}: {reason}; {_WAYS_OUT}")
+            raise ValueError(f"normalize: no units are known to feed {name!r}: {reason}; {_ways_out(graph, name)}")
         for layer in feeding:
             if layer.obstacles:
                 raise ValueError(
-                    f"normalize=True: the units of {layer.weight!r}, which feed {name!r}, cannot be rescaled without "
-                    f"changing the network's function: {'; '.join(layer.obstacles)}; {_WAYS_OUT}"
+                    f"normalize: the units of {layer.weight!r}, which feed {name!r}, cannot be rescaled without "
+                    f"changing the network's function: {'; '.join(layer.obstacles)}; {_ways_out(graph, name)}"
                 )
             if layer.weight not in producers:
                 producers.append(layer.weight)
     return producers
 
 
-_WAYS_OUT = (
-    "use normalize=False (CPA); with it score='normalized' needs no rescaling, and score='magnitude' not even a trace"
-)
+def _ways_out(graph: Graph, name: str) -> str:
+    """Name the scores that need no rescaling and work for this weight."""
+    if name not in graph or not graph.feeding(name):
+        return "use normalize=False (CPA) with score='magnitude', which needs neither rescaling nor a trace"
+    return "use normalize=False (CPA) with score='magnitude' or score='normalized', which need no rescaling"
 
 
 @torch.no_grad()
@@ -140,15 +145,18 @@ def verify_rescaling(module: nn.Module, calls: Mapping[str, Call], graph: Graph,
         ValueError: If an output changes by more than 1e-9 of its largest magnitude.
     """
     with float64_copy(module) as twin:
+        torch.manual_seed(0)
         before = [leaf for call in calls.items() for leaf in _outputs(twin, *call)]
         rescale_({name: target.parameter for name, target in all_targets(twin).items()}, graph, producers)
+        torch.manual_seed(0)
         after = [leaf for call in calls.items() for leaf in _outputs(twin, *call)]
     for old, new in zip(before, after, strict=True):
         difference = float((new - old).abs().max() / old.abs().max().clamp(min=torch.finfo(old.dtype).tiny))
         if not difference <= 1e-9:
+            reader = graph.fed_by(producers[0])[0].weight
             raise ValueError(
-                f"normalize=True: rescaling the units of {', '.join(producers)} changes the network's output on the first "
-                f"batch by {difference:.1e} of its magnitude, more than 1e-9; {_WAYS_OUT}"
+                f"normalize: rescaling the units of {', '.join(producers)} changes the network's output on the first "
+                f"batch by {difference:.1e} of its magnitude, more than 1e-9; {_ways_out(graph, reader)}"
             )
 
 

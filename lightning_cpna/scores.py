@@ -46,8 +46,15 @@ class Score:
         kinds = ScoreKind.__args__  # type: ignore[attr-defined]
         if self.kind not in kinds:
             raise ValueError(f"score is {self.kind!r}; allowed is one of {', '.join(kinds)}, a Score, or a function")
+        if not self.exponent >= 0:
+            raise ValueError(f"exponent is {self.exponent}; allowed is a float >= 0")
         if self.exponent and self.kind != "path":
             raise ValueError(f"exponent is {self.exponent} with kind={self.kind!r}; allowed is 0, or kind='path'")
+
+    def check(self, inputs: ScoreInputs) -> None:
+        """Raise what ``__call__`` would raise because the graph does not know the neighbours of the weight."""
+        if self.kind in ("path", "normalized"):
+            inputs.traced(self.kind)
 
     def __call__(self, inputs: ScoreInputs) -> Tensor:
         """Score the connections of one weight.
@@ -118,14 +125,15 @@ class ScoreInputs:
     @property
     def feeding_norm(self) -> Tensor:
         """The norm of the unit that feeds each input, ``(member, input)``; 1 for inputs of the network."""
-        return self._traced("normalized").feeding_norm(self.target.name, self.tensors)
+        return self.traced("normalized").feeding_norm(self.target.name, self.tensors)
 
     @property
     def outgoing_norm(self) -> Tensor:
         """The norm of the weights that each unit feeds, ``(member, unit)``; 1 for outputs of the network."""
-        return self._traced("path").outgoing_norm(self.target.name, self.tensors)
+        return self.traced("path").outgoing_norm(self.target.name, self.tensors)
 
-    def _traced(self, kind: str) -> Graph:
+    def traced(self, kind: str) -> Graph:
+        """Return the graph, which knows what a kind of score must know."""
         name = self.target.name
         if self.graph is None or name not in self.graph:
             reason = "was not traced" if self.graph is None else "is no Linear or Conv weight that the trace saw"

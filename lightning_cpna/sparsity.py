@@ -72,7 +72,7 @@ class Sparsity:
         self.masks = Masks()
         self.graph: Graph | None = None
         self.calls: Mapping[str, Call] = {}
-        self.untraced: Exception | None = None
+        self.untraced: str | None = None
         self.budgets: list[Budget] = []
         self.find_targets(module)
 
@@ -112,6 +112,8 @@ class Sparsity:
         budgets = []
         for pattern, targets in resolve(module, wanted).items():
             for target in targets:
+                if granularity == "feature" and target.axes.input is None:
+                    raise ValueError(f"granularity='feature': {target.name!r} has no input axis; allowed are weights")
                 self.masks.add(target.name, target.parameter)
             names = [target.name for target in targets]
             for label, members in [(pattern, names)] if scope == "shared" else [(name, [name]) for name in names]:
@@ -297,6 +299,8 @@ class Sparsity:
 
     def report(self) -> SparsityReport:
         """Count what is alive in every masked parameter."""
+        for name, mask in self.masks.items():
+            mask.to_(self.tensors[name].device)
         wanted = {budget.names[0]: budget.n_end for budget in self.budgets if len(budget.names) == 1}
         return sparsity_report(self.masks, self.targets, self.graph, wanted)
 
@@ -312,6 +316,7 @@ _SPARSITY: WeakKeyDictionary[nn.Module, Sparsity] = WeakKeyDictionary()
 
 def sparsity_of(module: nn.Module) -> Sparsity:
     """Return what is known of a module's sparsity, the same for everyone who asks; made at the first time."""
+    module = getattr(module, "_orig_mod", module)
     if module not in _SPARSITY:
         _SPARSITY[module] = Sparsity(module)
     return _SPARSITY[module]

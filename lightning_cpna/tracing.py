@@ -68,34 +68,61 @@ def trace(module: nn.Module, *args: Any, **kwargs: Any) -> Graph:
 
 
 def trace_calls(module: nn.Module, calls: Mapping[str, Call]) -> Graph:
-    """Trace calls of submodules (by name, ``""`` for the module itself) that together make up a network."""
+    """Trace calls of submodules (by name, ``""`` for the module itself) that together make up a network.
+
+    A float argument that requires a gradient was computed by another call, so it is not known what feeds its reader.
+    """
     with float64_copy(module) as twin:
         builder = _Builder(twin)
         for prefix, call in calls.items():
             path = canonical_name(prefix)
-            builder.run(twin.get_submodule(path), path, *widen(call))
+            builder.run(twin.get_submodule(path), path, call)
     return builder.graph()
 
 
 def widen(call: Call) -> Call:
     """Turn the float tensors among a call's arguments into float64."""
-    wide: Call = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, call)
+    wide: Call = tree_map(lambda x: _wide_copy(x) if isinstance(x, Tensor) else x, call)
     return wide
+
+
+def _wide_copy(tensor: Tensor) -> Tensor:
+    tensor = tensor.cpu() if tensor.device.type == "mps" else tensor  # which has no float64
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 @contextmanager
 def float64_copy(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield an uncompiled float64 copy of a module in eval mode, with gradients off."""
-    with _Float64():
-        twin = copy.deepcopy(getattr(module, "_orig_mod", module))
+    """Yield an uncompiled float64 copy of a module, with gradients off and a random state of its own.
+
+    The copy is in the module's own mode, so that what is traced is what is trained.
+    """
+    memo: dict[int, Any] = {}
+    for value in _activations(module):
+        memo[id(value)] = value.detach().clone()  # it cannot be copied with its history
+    twin = copy.deepcopy(getattr(module, "_orig_mod", module), memo)
     for child in twin.modules():
         child.__dict__.pop("forward", None)  # Lightning compiles a module by replacing its forward
         child._compiled_call_impl = None
         for name, grandchild in list(child.named_children()):
             if hasattr(grandchild, "_orig_mod"):
                 setattr(child, name, grandchild._orig_mod)
-    with torch.no_grad(), _Float64():
-        yield twin.double().eval()
+    if any(parameter.device.type == "mps" for parameter in twin.parameters()):
+        twin = twin.cpu()
+    with torch.no_grad(), torch.random.fork_rng(_cuda_devices()), _Float64():
+        yield twin.double()
+
+
+def _cuda_devices() -> list[int]:
+    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
+
+
+def _activations(module: nn.Module) -> Iterator[Tensor]:
+    """Find tensors with a history that modules keep, alone or in containers."""
+    for child in module.modules():
+        for value in tree_leaves([v for k, v in vars(child).items() if k not in ("_parameters", "_modules")]):
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                yield value
 
 
 class _Float64(TorchFunctionMode):
@@ -104,8 +131,6 @@ class _Float64(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is Tensor.__deepcopy__:  # an activation that the module keeps cannot be copied with its history
-            return func(args[0].detach(), *args[1:])
         out = func(*args, **(kwargs or {}))
         if func.__name__ in _CASTS and isinstance(out, Tensor) and out.is_floating_point():
             return args[0].to(out.device, torch.float64)  # not the rounded result: rounding would hide what is compared
@@ -130,9 +155,11 @@ class _Builder(TorchFunctionMode):
         self._obstacles: dict[str, list[str]] = {}
         self._lost: dict[str, str] = {}
         self._outputs: set[str] = set()
+        self._split: list[str] = []  # why it is not known what a call's output feeds
 
-    def run(self, region: nn.Module, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def run(self, region: nn.Module, prefix: str, call: Call) -> None:
         """Run a module under observation."""
+        args, kwargs = widen(call)
         self._flows: dict[int, _Flow] = {}
         self._alive: list[Any] = []  # keeps every tensor, so that no id is used twice
         self._stack: list[str] = []
@@ -140,6 +167,12 @@ class _Builder(TorchFunctionMode):
             title = f"{type(child).__name__} {'.'.join(filter(None, (prefix, name)))!r}"
             child.register_forward_pre_hook(lambda *_, title=title: self._stack.append(title))
             child.register_forward_hook(lambda *_: self._stack.pop() and None)
+        for given, wide in zip(tree_leaves(call), tree_leaves((args, kwargs)), strict=True):
+            if isinstance(given, Tensor) and given.requires_grad:
+                reason = f"{prefix!r} is called by itself, with what another call computed: put both into one forward"
+                self._flows[id(wide)] = _Flow(None, frozenset(), reason)
+                self._split.append(reason)
+                self._alive.append(wide)
         with self:
             output = region(*args, **kwargs)
         for leaf in tree_leaves(_plain(output)):
@@ -148,6 +181,8 @@ class _Builder(TorchFunctionMode):
 
     def graph(self) -> Graph:
         """Return what was seen."""
+        for name in self._outputs if self._split else ():
+            self._lose([name], self._split[0])
         for name, layer in self._layers.items():
             unread = not any(owned(other.sources, layer).any() for other in self._layers.values())
             layer.is_output = name in self._outputs or (unread and name not in self._lost)

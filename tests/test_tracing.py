@@ -502,11 +502,11 @@ def test_a_part_compiled_in_place_is_traced_uncompiled(place: str) -> None:
         net(ROWS)
 
 
-def test_the_float64_copy_is_a_copy_in_float64_and_eval_mode_without_gradients() -> None:
+def test_the_float64_copy_is_a_copy_in_float64_and_the_modules_own_mode_without_gradients() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     with float64_copy(net) as twin:
         assert all(p.dtype == torch.float64 for p in twin.parameters())
-        assert not any(part.training for part in twin.modules())
+        assert all(part.training for part in twin.modules())
         assert not torch.is_grad_enabled()
         next(twin.parameters()).zero_()
     assert torch.is_grad_enabled()
@@ -521,3 +521,21 @@ def test_widening_touches_float_tensors_only() -> None:
     assert n is integers
     assert kwargs["mask"] is mask
     assert (rest["deep"][1], kwargs["name"]) == (3, "x")
+
+
+def test_the_float64_copy_of_many_buffers_mixes_up_none() -> None:
+    net = nn.Sequential(*(nn.BatchNorm1d(2) for _ in range(20)))
+    for i, norm in enumerate(net):
+        norm.running_mean.fill_(i)  # type: ignore[operator]
+    with float64_copy(net) as twin:
+        assert [float(norm.running_mean[0]) for norm in twin] == list(range(20))  # type: ignore[attr-defined]
+
+
+def test_a_reader_that_only_training_runs_is_seen() -> None:
+    net = Net(
+        lambda s, x: (h := s.a(x).relu(), s.b(h), s.c(h) if s.training else None)[1:],
+        a=nn.Linear(3, 4),
+        b=nn.Linear(4, 2),
+        c=nn.Linear(4, 2),
+    )
+    assert [layer.weight for layer in trace(net, ROWS).fed_by("a.weight")] == ["b.weight", "c.weight"]

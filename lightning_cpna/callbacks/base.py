@@ -6,16 +6,17 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_cpna._lightning import Callback, LightningModule, Trainer
-from lightning_cpna.callbacks.capture import Capture
+from lightning_cpna.callbacks.capture import Capture, few_rows
 from lightning_cpna.masks import pack, unpack
-from lightning_cpna.moments import is_elementwise, optimizer_of
+from lightning_cpna.moments import is_elementwise, optimizer_of, zero_moments_
 from lightning_cpna.report import SparsityReport
 from lightning_cpna.sparsity import Budget, Sparsity, sparsity_of
+from lightning_cpna.targets import all_targets
 from lightning_cpna.tracing import trace_calls
 
 CHECKPOINT_KEY = "lightning_cpna"
@@ -36,6 +37,7 @@ class Fit:
         capture: Records the first batch.
         graph_known: Whether the first batch is over.
         logged_at_target: What was logged last.
+        averaged_live: How many connections lived when averages of the weights were masked last.
     """
 
     sparsity: Sparsity
@@ -46,6 +48,7 @@ class Fit:
     capture: Capture | None = None
     graph_known: bool = False
     logged_at_target: bool | None = None
+    averaged_live: int = -1
 
     def release(self) -> None:
         """Let go of optimizers and modules."""
@@ -92,7 +95,7 @@ class SparsityCallback(Callback):
 
     def _at_target(self, fit: Fit) -> bool:
         """Is every count reached?"""
-        return all(fit.sparsity.n_remaining(budget) <= budget.n_end for budget in fit.budgets)
+        return all(fit.sparsity.n_remaining(budget) == budget.n_end for budget in fit.budgets)
 
     def _values(self, fit: Fit) -> dict[str, float]:
         """What is logged? Without the callback's name."""
@@ -145,7 +148,8 @@ class SparsityCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be served."""
         strategy = type(trainer.strategy).__name__
-        if stage == "fit" and strategy.startswith(_UNSERVED):
+        ancestors = [kind.__name__ for kind in type(trainer.strategy).__mro__]
+        if stage == "fit" and any(name.startswith(_UNSERVED) for name in ancestors):
             raise NotImplementedError(
                 f"{type(self).__name__} cannot work with {strategy}, which splits or hides parameters; "
                 "use strategy='ddp' or a single device"
@@ -159,6 +163,14 @@ class SparsityCallback(Callback):
             sparsity.find_targets(pl_module)
             sparsity.masks.apply_(sparsity.tensors)
         self._fit = Fit(sparsity, self._find_budgets(sparsity, pl_module), leads)
+        for name in (name for budget in self._fit.budgets for name in budget.names):
+            n_zeros = int((sparsity.tensors[name] == 0).sum())
+            if sparsity.masks[name].n_live == sparsity.masks[name].dead.numel() > n_zeros > 0:
+                warnings.warn(
+                    f"{self.name}: {name!r} has {n_zeros} exact zeros but no mask, so they will train; to keep them, set "
+                    "sparsity_of(module).masks = infer_masks(module, [...]) before fit",
+                    stacklevel=2,
+                )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Watch the optimizers."""
@@ -173,17 +185,31 @@ class SparsityCallback(Callback):
             )
         self._restored = False
         fit.optimizers = list(trainer.optimizers)
-        first = fit.budgets[0].names[0]
-        counted = optimizer_of(fit.optimizers, fit.sparsity.tensors[first])
-        if counted is None:
-            raise ValueError(f"targets: {first!r} is in no optimizer, so {self.name} would never count a step")
-        fit.handles.append(counted.register_step_post_hook(self._count_step))
+        owners = []
+        for name in (name for budget in fit.budgets for name in budget.names):
+            owner = optimizer_of(fit.optimizers, fit.sparsity.tensors[name])
+            if owner is None or not fit.sparsity.tensors[name].requires_grad:
+                why = "is in no optimizer" if owner is None else "is frozen (requires_grad=False)"
+                raise ValueError(f"targets: {name!r} {why}; allowed are parameters that are trained")
+            owners.append(owner)
+        fit.handles.append(owners[0].register_step_post_hook(self._count_step))
         if fit.leads:
-            fit.handles += [
-                optimizer.register_step_post_hook(lambda *_: fit.sparsity.masks.apply_(fit.sparsity.tensors))
-                for optimizer in fit.optimizers
-                if not is_elementwise(optimizer)
-            ]
+            self._hold_masks(fit, pl_module)
+
+    def _hold_masks(self, fit: Fit, pl_module: LightningModule) -> None:
+        """See to it that nothing which the optimizers do, or did, revives a connection."""
+        sparsity = fit.sparsity
+        for optimizer in fit.optimizers:
+            if not is_elementwise(optimizer):
+                fit.handles.append(
+                    optimizer.register_step_post_hook(lambda *_: sparsity.masks.apply_(sparsity.tensors))
+                )
+            if not pl_module.automatic_optimization:  # raw optimizers pass by Lightning's hook
+                fit.handles.append(optimizer.register_step_pre_hook(lambda *_: sparsity.mask_gradients_()))
+        for name, mask in sparsity.masks.items():
+            owner = optimizer_of(fit.optimizers, sparsity.tensors[name])
+            if owner is not None and mask.n_live < mask.dead.numel():
+                zero_moments_(owner, sparsity.tensors[name], mask.dead)
 
     # While training
 
@@ -213,6 +239,7 @@ class SparsityCallback(Callback):
         if self._step > self._handled_step:
             self._handled_step = self._step
             self._after_step(fit, trainer)
+            self._mask_averages(fit, trainer)
         # Lightning's log takes about a millisecond a value, so values are logged when they are wanted, or are news.
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         at_target = self._at_target(fit)
@@ -223,13 +250,27 @@ class SparsityCallback(Callback):
             pl_module.log(connections, values.pop(connections), prog_bar=True)
             pl_module.log_dict({**values, f"{self.name}/at_target": float(at_target)})
 
+    def _mask_averages(self, fit: Fit, trainer: Trainer) -> None:
+        """Mask the copies that weight-averaging callbacks keep (EMA, SWA); an average of zeros stays zero by itself."""
+        live = sum(mask.n_live for mask in fit.sparsity.masks.values())
+        if not fit.leads or live == fit.averaged_live:
+            return
+        fit.averaged_live = live
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            average = getattr(callback, "_average_model", None)
+            if isinstance(average, nn.Module):
+                tensors = all_targets(getattr(average, "module", average))
+                fit.sparsity.masks.apply_({name: target.parameter for name, target in tensors.items()})
+
     def _trace(self, fit: Fit, pl_module: LightningModule, capture: Capture) -> None:
         fit.capture = None
-        fit.sparsity.calls = capture.finish()
-        try:
-            fit.sparsity.graph = trace_calls(pl_module, fit.sparsity.calls)
-        except Exception as error:  # the network is the user's; whoever needs the graph raises from this
-            fit.sparsity.untraced = error
+        calls = capture.finish()
+        for tried in (few_rows(calls), calls):  # some networks cannot do with fewer rows
+            try:
+                fit.sparsity.graph, fit.sparsity.calls = trace_calls(pl_module, tried), tried
+                return
+            except Exception as error:  # the network is the user's; whoever needs the graph says this again
+                fit.sparsity.untraced = f"{type(error).__name__}: {error}"
 
     def _count_step(self, optimizer: Optimizer, *_: Any) -> None:
         found_inf = getattr(
@@ -250,8 +291,16 @@ class SparsityCallback(Callback):
         return sparsity_of(pl_module).report()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the optimizers."""
-        self._running().release()
+        """Say so if a count was not reached, and let go of the optimizers."""
+        fit = self._running()
+        for budget in fit.budgets:
+            if (n := fit.sparsity.n_remaining(budget)) != budget.n_end:
+                warnings.warn(
+                    f"{self.name}: training ended with {n} of {budget.label!r}, where {budget.n_end} should remain "
+                    f"({self._step} optimizer steps were counted)",
+                    stacklevel=2,
+                )
+        fit.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the optimizers."""
@@ -259,9 +308,12 @@ class SparsityCallback(Callback):
             self._fit.release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the fit."""
+        """Let go of the fit; hold the masks once more, after callbacks that put averages into the module."""
         if self._fit is not None:
             self._fit.release()
+            if stage == "fit":
+                self._fit.sparsity.find_targets(pl_module)
+                self._fit.sparsity.masks.apply_(self._fit.sparsity.tensors)
             self._fit = None
 
 

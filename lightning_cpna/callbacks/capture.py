@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_cpna.tracing import Call
 
-MAX_ROWS = 32  # chosen: enough to show a network's structure, small beside any activation memory of training
+MAX_ROWS = 4  # chosen: enough to show a network's structure; a float64 pass over more costs as much as a training step
 
 
 class Capture:
@@ -49,10 +49,13 @@ class Capture:
             self._calls[path] = (args, kwargs)
 
     def finish(self) -> dict[str, Call]:
-        """Stop recording; return the calls by module path, outermost modules only, their arguments cut to a few rows."""
+        """Stop recording; return the calls by module path, outermost modules only.
+
+        Arguments with a history, computed by other calls, are marked: their copies require a gradient.
+        """
         self.close()
         outermost = [p for p in self._calls if not any(_inside(p, other) for other in self._calls)]
-        return {path: _few_rows(self._calls[path]) for path in sorted(outermost)}
+        return {path: _detached(self._calls[path]) for path in sorted(outermost)}
 
     def close(self) -> None:
         """Stop recording."""
@@ -71,8 +74,22 @@ def _is_compiled(module: nn.Module) -> bool:
     )
 
 
-def _few_rows(call: Call) -> Call:
+def _detached(call: Call) -> Call:
+    detached: Call = tree_map(
+        lambda x: x.detach().clone().requires_grad_(x.grad_fn is not None) if isinstance(x, Tensor) else x, call
+    )
+    return detached
+
+
+def few_rows(calls: Mapping[str, Call]) -> dict[str, Call]:
+    """Cut the arguments of calls to their first rows, where all of a call have the same number of them."""
+    return {path: _cut(call) for path, call in calls.items()}
+
+
+def _cut(call: Call) -> Call:
     sizes = {x.shape[0] if x.ndim else 0 for x in tree_leaves(call) if isinstance(x, Tensor)}
     rows = MAX_ROWS if len(sizes) == 1 else None
-    few: Call = tree_map(lambda x: x[:rows].detach().clone() if isinstance(x, Tensor) and x.ndim else x, call)
+    few: Call = tree_map(
+        lambda x: x[:rows].detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) and x.ndim else x, call
+    )
     return few

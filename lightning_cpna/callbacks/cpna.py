@@ -15,7 +15,7 @@ from lightning_cpna.graph import Graph
 from lightning_cpna.plots import connectivity, log_figure, plot_connectivity
 from lightning_cpna.rescale import Moments, rescalable, rescale_, verify_rescaling
 from lightning_cpna.schedules import Annealing, Geometric, Schedule, ScheduleFunction, n_remaining, resolved_schedule
-from lightning_cpna.scores import Granularity, Score, ScoreFunction, ScoreKind
+from lightning_cpna.scores import Granularity, Score, ScoreFunction, ScoreInputs, ScoreKind
 from lightning_cpna.sparsity import Budget, Scope, Sparsity
 
 # When nothing is said: the fractions of the run before the first window and after the last one.
@@ -167,18 +167,19 @@ class CPNAPruning(SparsityCallback):
         )
         if graph is None and needs_graph:
             raise ValueError(
-                f"{self.name}: the module could not be traced on its first training batch "
-                f"({type(fit.sparsity.untraced).__name__}: {fit.sparsity.untraced}); use normalize=False with "
-                "score='magnitude' and a schedule, which need no trace"
-            ) from fit.sparsity.untraced
+                f"{self.name}: the module could not be traced on its first training batch ({fit.sparsity.untraced}); use "
+                "normalize=False with score='magnitude' and a schedule, which need no trace"
+            )
         if graph is None and fit.leads:
             warnings.warn(
                 f"the module could not be traced, so dead units are neither counted nor removed: {fit.sparsity.untraced}",
                 stacklevel=2,
             )
-        if self.granularity == "unit":
-            for name in (name for budget in fit.budgets for name in budget.names):
+        for name in (name for budget in fit.budgets for name in budget.names):
+            if self.granularity == "unit":
                 fit.sparsity.with_removable_units(name)
+            if isinstance(self._score, Score):
+                self._score.check(ScoreInputs(fit.sparsity.targets[name], fit.sparsity.tensors, graph, self._generator))
         total = trainer.estimated_stepping_batches
         staged = _in_windows(fit.budgets, graph) if self.schedule is None else [(fit.budgets, self.schedule)]
         self._stages = [
@@ -197,6 +198,8 @@ class CPNAPruning(SparsityCallback):
         """Return the layers whose units a stage normalises."""
         names = [name for budget in budgets for name in budget.names]
         if self.normalize is None:
+            if isinstance(self._score, Score) and self._score.kind == "normalized":
+                return ()  # the score that needs no rescaling
             names = [n for n in names if self.granularity == "connection" and (first or self.schedule is not None)]
             names = [n for n in names if graph is None or n not in graph or _is_fed(graph, n)]
         return () if self.normalize is False or graph is None else tuple(rescalable(graph, names))
@@ -258,7 +261,7 @@ class CPNAPruning(SparsityCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the connectivity and let go of the optimizers."""
         fit = self._running()
-        if fit.leads and trainer.is_global_zero and fit.sparsity.graph is not None:
+        if fit.leads and trainer.is_global_zero and fit.sparsity.graph:
             log_figure(
                 trainer.loggers,
                 f"{self.name}/connectivity",
