@@ -144,12 +144,14 @@ class Mask:
         dead: Bool tensor of the parameter's shape, True where the connection is not live.
         removed: Bool tensor of the parameter's shape, True where it is removed for good.
         n_live: The number of live connections.
+        version: Counts the changes, so that what is derived from the mask can be kept until the next one.
     """
 
     def __init__(self, dead: Tensor, removed: Tensor) -> None:
         self.dead = dead
         self.removed = removed
         self.n_live = dead.numel() - int(dead.sum())
+        self.version = 0
         self._bits: Tensor | None = None
 
     @property
@@ -163,6 +165,7 @@ class Mask:
         self.removed |= where
         self.dead |= where
         self.n_live = self.dead.numel() - int(self.dead.sum())
+        self.version += 1
         self._bits = None
         return before - self.n_live
 

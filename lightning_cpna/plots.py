@@ -130,12 +130,11 @@ def plot_connectivity(result: Connectivity, feature_names: Iterable[str] | None 
 
 def _used(result: Connectivity, level: int) -> list[int]:
     """Return the units of a level that are connected, in their order."""
-    units: set[int] = set()
-    if level < len(result.layers):
-        units |= set(result.layers[level][1].tolist())
+    units = [result.layers[level][1]] if level < len(result.layers) else []
     if level > 0:
-        units |= set(result.layers[level - 1][2].tolist())
-    return sorted(units)
+        units.append(result.layers[level - 1][2])
+    used: list[int] = torch.unique(torch.cat(units)).tolist()  # type: ignore[no-untyped-call]
+    return used
 
 
 def log_figure(loggers: Iterable[Any], tag: str, draw: Callable[[], Figure], step: int) -> None:

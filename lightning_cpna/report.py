@@ -25,7 +25,7 @@ class LayerReport:
         name: Canonical name of the parameter.
         connections: Live connections.
         size: All connections, live or not.
-        target: How many connections, features or units should remain, or None if nobody asked.
+        target: How many connections should remain (of each member of a stacked network), or None if nobody asked.
         live_units: Units with a live incoming connection and, where it is known what they feed, a live outgoing one.
         units: All units.
         live_features: Inputs with a live connection.

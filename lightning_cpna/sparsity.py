@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_cpna.graph import Graph
-from lightning_cpna.masks import Masks, fill, keep_top_rows, zero_
+from lightning_cpna.masks import Mask, Masks, fill, keep_top_rows, zero_
 from lightning_cpna.moments import optimizer_of, zero_moments_
 from lightning_cpna.report import SparsityReport, feeds_something, live_mask, sparsity_report
 from lightning_cpna.scores import Granularity, ScoreFunction, ScoreInputs, any_in_group, group_norm, ungroup
@@ -74,6 +74,7 @@ class Sparsity:
         self.calls: Mapping[str, Call] = {}
         self.untraced: str | None = None
         self.budgets: list[Budget] = []
+        self._known: dict[tuple[str, Granularity], tuple[tuple[Mask, int], Tensor]] = {}  # counts of the present masks
         self.find_targets(module)
 
     def find_targets(self, module: nn.Module) -> None:
@@ -135,10 +136,14 @@ class Sparsity:
     def _counts(self, name: str, granularity: Granularity, without: Tensor | None = None) -> Tensor:
         """Count the live groups of each member, less the connections of ``without``, int64 ``(member,)``."""
         mask, axes = self.masks[name], self.targets[name].axes
-        if granularity == "connection" and without is None and axes.member is None:
+        if without is not None:
+            return any_in_group(axes.view(mask.live & ~without), granularity).flatten(1).sum(1)
+        if granularity == "connection" and axes.member is None:
             return torch.tensor([mask.n_live])
-        live = axes.view(mask.live if without is None else mask.live & ~without)
-        return any_in_group(live, granularity).flatten(1).sum(1)
+        key, made = (name, granularity), (mask, mask.version)
+        if key not in self._known or self._known[key][0] != made:
+            self._known[key] = (made, any_in_group(axes.view(mask.live), granularity).flatten(1).sum(1).cpu())
+        return self._known[key][1]
 
     @torch.no_grad()
     def prune_(
@@ -287,7 +292,7 @@ class Sparsity:
 
     def _falls_short(self, budget: Budget, name: str, where: Tensor) -> bool:
         """Tell whether a member would have less than its budget without these connections of one parameter."""
-        counts = [self._counts(n, budget.granularity, where if n == name else None) for n in budget.names]
+        counts = [self._counts(n, budget.granularity, where if n == name else None).cpu() for n in budget.names]
         return bool((torch.stack(counts).sum(0) < budget.n_end).any())
 
     def mask_gradients_(self) -> None:
@@ -301,7 +306,8 @@ class Sparsity:
         """Count what is alive in every masked parameter."""
         for name, mask in self.masks.items():
             mask.to_(self.tensors[name].device)
-        wanted = {budget.names[0]: budget.n_end for budget in self.budgets if len(budget.names) == 1}
+        own = [b for b in self.budgets if len(b.names) == 1 and b.granularity == "connection"]
+        wanted = {budget.names[0]: budget.n_end for budget in own}
         return sparsity_report(self.masks, self.targets, self.graph, wanted)
 
 

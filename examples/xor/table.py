@@ -28,19 +28,21 @@ START, END = "<!-- results of examples.xor -->", "<!-- end of results -->"
 
 def rows(results: list[dict[str, Any]]) -> list[list[str]]:
     """Summarise runs: a row for each problem and method, in the paper's order."""
-    groups: dict[tuple[int, int, int, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[int, int, int, str, int], list[dict[str, Any]]] = {}
     for result in results:
-        groups.setdefault((result["k"], result["p"], result["hidden"], result["method"]), []).append(result)
+        groups.setdefault((result["k"], result["p"], result["hidden"], result["method"], result["n"]), []).append(
+            result
+        )
     found = []
     ordered = sorted(groups.items(), key=lambda item: (item[0][0], -item[0][1], METHODS.index(item[0][3])))
-    for (k, p, hidden, method), runs in ordered:
+    for (k, p, hidden, method, n), runs in ordered:
         aucs = [run["test_auc"] for run in runs]
         spread = statistics.stdev(aucs) if len(aucs) > 1 else 0.0
-        paper = PAPER[k].get(method) if p == PAPER_SIZES[k] else None
+        paper = PAPER[k].get(method) if (p, n) == (PAPER_SIZES[k], 3000) else None
         counts = sorted({" + ".join(f"{n:,}" for n in run["connections"].values()) for run in runs})
         found.append(
             [
-                f"{k}-D p={p} H={hidden}",
+                f"{k}-D p={p} H={hidden}" + (f" n={n}" if n != 3000 else ""),
                 TITLES[method],
                 f"{statistics.mean(aucs):.2f} ± {spread:.2f}",
                 f"{max(aucs):.2f}",

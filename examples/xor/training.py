@@ -129,6 +129,7 @@ def train(job: Job, out: Path, progress: np.ndarray[Any, Any] | None = None, ind
         max_epochs=1,
         val_check_interval=max(1, len(data.batches) // VALIDATIONS),
         log_every_n_steps=20,
+        accelerator="cuda" if torch.cuda.is_available() else "cpu",
         devices=1,
         logger=logger,
         callbacks=[Phases(phases, job.n), *callbacks(steps, job.n), history],

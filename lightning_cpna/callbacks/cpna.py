@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -105,6 +106,8 @@ class CPNAPruning(SparsityCallback):
         _check("granularity", granularity, ("connection", "feature", "unit"))
         _check("scope", scope, ("layer", "shared"))
         _check("normalize", normalize, (True, False, "transform", "reset", None))
+        if not isinstance(targets, Mapping):
+            raise ValueError(f"targets is {targets!r}; allowed is a dict from parameter name to what should remain")
         if not targets:
             raise ValueError(
                 "targets is empty; allowed is at least one parameter name with the count that should remain"
