@@ -133,7 +133,7 @@ def _used(result: Connectivity, level: int) -> list[int]:
     units = [result.layers[level][1]] if level < len(result.layers) else []
     if level > 0:
         units.append(result.layers[level - 1][2])
-    used: list[int] = torch.unique(torch.cat(units)).tolist()  # type: ignore[no-untyped-call]
+    used: list[int] = torch.unique(torch.cat(units)).tolist()
     return used
 
 
