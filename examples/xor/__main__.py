@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from examples.xor.figures import TITLES, save_figures
 from examples.xor.recipes import METHODS, PROBLEMS, recipe
-from examples.xor.table import rich_table
+from examples.xor.table import rich_tables
 from examples.xor.training import Job, Run, train
 
 
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = [run.as_dict() for run in runs]
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     figures = save_figures(runs, args.out)
-    console.print(rich_table(results))
+    console.print(*rich_tables(results))
     console.print(f"results:      {args.out / 'results.json'}")
     for figure in figures:
         console.print(f"figure:       {figure}")

@@ -55,14 +55,16 @@ def rows(results: list[dict[str, Any]]) -> list[list[str]]:
     return found
 
 
-def rich_table(results: list[dict[str, Any]]) -> Table:
-    """Return the table for a terminal."""
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for position, title in enumerate(HEADER):
-        table.add_column(title, justify="left" if position < 2 else "right", no_wrap=True)
-    for row in rows(results):
-        table.add_row(*row)
-    return table
+def rich_tables(results: list[dict[str, Any]]) -> list[Table]:
+    """Return a table for each problem, narrow enough for a terminal of 80 columns."""
+    tables: dict[str, Table] = {}
+    for problem, *values in rows(results):
+        if problem not in tables:
+            tables[problem] = Table(title=problem, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+            for position, title in enumerate(HEADER[1:]):
+                tables[problem].add_column(title, justify="right" if position else "left", no_wrap=True)
+        tables[problem].add_row(*values)
+    return list(tables.values())
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
@@ -90,7 +92,7 @@ def main() -> None:
     parser.add_argument("--readme", type=Path, help="a file with the marks of the table")
     args = parser.parse_args()
     results = load(args.files)
-    Console().print(rich_table(results))
+    Console().print(*rich_tables(results))
     if args.readme:
         args.readme.write_text(fill(args.readme.read_text(), results))
 
