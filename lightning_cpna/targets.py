@@ -121,8 +121,14 @@ def resolve(module: nn.Module, patterns: Iterable[str]) -> dict[str, list[Target
     for pattern in patterns:
         names = [name for name in available if name == pattern or fnmatchcase(name, pattern)]
         if not names:
-            close = difflib.get_close_matches(pattern, available, n=3, cutoff=0.5) or list(available)[:10]
-            raise ValueError(f"targets: {pattern!r} matches no parameter; there are {', '.join(close) or 'none'}")
+            inside = [name for name in available if name.startswith(f"{pattern}.")]
+            close = inside or difflib.get_close_matches(pattern, available, n=3, cutoff=0.5)
+            hint = (
+                f"did you mean {', '.join(close)}?"
+                if close
+                else f"there are {', '.join(list(available)[:10]) or 'none'}"
+            )
+            raise ValueError(f"targets: {pattern!r} matches no parameter; {hint}")
         for name in names:
             if name in owner:
                 raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -103,7 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
     console.print(f"results:      {args.out / 'results.json'}")
     for figure in figures:
         console.print(f"figure:       {figure}")
-    console.print(f"TensorBoard:  tensorboard --logdir {args.out / 'tensorboard'}")
+    board = os.path.relpath(Path(sys.executable).parent / "tensorboard")
+    console.print(f"TensorBoard:  {board} --logdir {args.out / 'tensorboard'}")
 
 
 if __name__ == "__main__":

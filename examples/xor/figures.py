@@ -43,7 +43,8 @@ def training_figure(runs: list[Run]) -> Figure:
 
 def connections_figure(runs: list[Run]) -> Figure:
     """Draw the live connections of both layers over training, one column a method."""
-    figure = Figure(figsize=(3.6 * len(runs) + 0.6, 3.4), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(runs) + 0.6, 3.6), layout="constrained")
+    figure.suptitle(f"seed {runs[0].job.seed}; inputs of units that feed nothing go when the hidden layer is done")
     (row,) = figure.subplots(1, len(runs), squeeze=False, sharey=True)
     for axes, run in zip(row, runs, strict=True):
         for layer in ("input", "hidden"):

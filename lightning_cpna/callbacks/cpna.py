@@ -158,7 +158,14 @@ class CPNAPruning(SparsityCallback):
         super().on_train_start(trainer, pl_module)
         if self._step == 0:
             self._n_start, self._thresholds = {}, {}
-        resolved_schedule(self.schedule or Annealing(PRETRAINING, 1.0), trainer.estimated_stepping_batches)
+        total = trainer.estimated_stepping_batches
+        schedule = resolved_schedule(self.schedule or Annealing(PRETRAINING, 1.0), total)
+        if pl_module.automatic_optimization and isinstance(schedule, Schedule) and 0 < total < schedule.end:
+            warnings.warn(
+                f"{self.name}: the schedule ends at optimizer step {schedule.end}, but the run has {total:.0f}: its counts "
+                "will not be reached",
+                stacklevel=2,
+            )
 
     def _plan(self, fit: Fit, trainer: Trainer, pl_module: LightningModule) -> None:
         graph = fit.sparsity.graph

@@ -310,7 +310,7 @@ def test_a_bad_argument_is_refused_by_name(arguments: dict[str, Any], message: s
 
 
 REFUSED_AT_START: list[tuple[CPNAPruning, str]] = [
-    (CPNAPruning({"net.7.weight": 5}), "'net.7.weight' matches no parameter; there are net.2.weight"),
+    (CPNAPruning({"net.7.weight": 5}), "'net.7.weight' matches no parameter; did you mean net.2.weight"),
     (CPNAPruning({"net.2.weight": 17}), "17 should remain of 'net.2.weight', which has 16"),
     (CPNAPruning({"net.*.weight": 1}, scope="shared"), "2 layers keep one each"),
     (CPNAPruning({"net.*": 5, "net.2.weight": 4}), r"'net.2.weight' is matched by both"),
