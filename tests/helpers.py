@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,33 @@ def data(n: int = N_ROWS, batch_size: int = 16, shuffle: bool = False) -> DataLo
     x = torch.rand(n, N_FEATURES, generator=torch.Generator().manual_seed(1)) * 2 - 1
     y = (x[:, :2].prod(1, keepdim=True) > 0).float()
     return DataLoader(TensorDataset(x, y), batch_size=batch_size, shuffle=shuffle)
+
+
+class Net(nn.Module):
+    """Parts a, b, ... and a forward written in place."""
+
+    def __init__(self, code: Callable[..., Any], **parts: nn.Module) -> None:
+        super().__init__()
+        self.code = code
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.code(self, *args, **kwargs)
+
+
+class SinglePrecision(nn.Module):
+    """A network that refuses float64, in which a trace runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float64:
+            raise TypeError("single precision only")
+        out: Tensor = self.inner(x)
+        return out
 
 
 class Steps:

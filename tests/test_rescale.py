@@ -13,19 +13,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_cpna import Axes, Graph, rescale_, trace
 from lightning_cpna.graph import Layer
 from lightning_cpna.rescale import rescalable, verify_rescaling
-
-
-class Net(nn.Module):
-    """Parts a, b, ... and a forward written in place."""
-
-    def __init__(self, code: Callable[..., Any], **parts: nn.Module) -> None:
-        super().__init__()
-        self.code = code
-        for name, part in parts.items():
-            self.add_module(name, part)
-
-    def forward(self, *args: Any) -> Any:
-        return self.code(self, *args)
+from tests.helpers import Net
 
 
 @dataclass(frozen=True)

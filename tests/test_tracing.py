@@ -10,19 +10,7 @@ from torch.distributions import Normal
 
 from lightning_cpna import Graph, trace
 from lightning_cpna.tracing import float64_copy, trace_calls, widen
-
-
-class Net(nn.Module):
-    """Parts a, b, ... and a forward written in place."""
-
-    def __init__(self, code: Callable[..., Any], **parts: nn.Module) -> None:
-        super().__init__()
-        self.code = code
-        for name, part in parts.items():
-            self.add_module(name, part)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.code(self, *args, **kwargs)
+from tests.helpers import Net
 
 
 def sources(graph: Graph) -> dict[str, list[int]]:

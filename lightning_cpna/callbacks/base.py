@@ -50,6 +50,11 @@ class Fit:
     logged_at_target: bool | None = None
     averaged_live: int = -1
 
+    @property
+    def names(self) -> list[str]:
+        """The parameters of this callback's budgets."""
+        return [name for budget in self.budgets for name in budget.names]
+
     def release(self) -> None:
         """Let go of optimizers and modules."""
         for handle in self.handles:
@@ -163,7 +168,7 @@ class SparsityCallback(Callback):
             sparsity.find_targets(pl_module)
             sparsity.masks.apply_(sparsity.tensors)
         self._fit = Fit(sparsity, self._find_budgets(sparsity, pl_module), leads)
-        for name in (name for budget in self._fit.budgets for name in budget.names):
+        for name in self._fit.names:
             n_zeros = int((sparsity.tensors[name] == 0).sum())
             if sparsity.masks[name].n_live == sparsity.masks[name].dead.numel() > n_zeros > 0:
                 warnings.warn(
@@ -186,7 +191,7 @@ class SparsityCallback(Callback):
         self._restored = False
         fit.optimizers = list(trainer.optimizers)
         owners = []
-        for name in (name for budget in fit.budgets for name in budget.names):
+        for name in fit.names:
             owner = optimizer_of(fit.optimizers, fit.sparsity.tensors[name])
             if owner is None or not fit.sparsity.tensors[name].requires_grad:
                 why = "is in no optimizer" if owner is None else "is frozen (requires_grad=False)"

@@ -185,7 +185,7 @@ class CPNAPruning(SparsityCallback):
                 f"the module could not be traced, so dead units are neither counted nor removed: {fit.sparsity.untraced}",
                 stacklevel=2,
             )
-        for name in (name for budget in fit.budgets for name in budget.names):
+        for name in fit.names:
             if self.granularity == "unit":
                 fit.sparsity.with_removable_units(name)
             if isinstance(self._score, Score):
@@ -251,8 +251,7 @@ class CPNAPruning(SparsityCallback):
                 fit.sparsity.remove_dead_units_(fit.optimizers)
 
     def _values(self, fit: Fit) -> dict[str, float]:
-        names = {name for budget in fit.budgets for name in budget.names}
-        layers = [layer for layer in fit.sparsity.report().layers if layer.name in names]
+        layers = [layer for layer in fit.sparsity.report().layers if layer.name in fit.names]
         connections, size = sum(layer.connections for layer in layers), sum(layer.size for layer in layers)
         values: dict[str, float] = {"connections": connections, "density": connections / size}
         for layer in layers:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import binary_auroc
 
 from lightning_cpna import Annealing, CPNAPruning, Cubic, Geometric, OneShot, Score, ScoreInputs, sparsity_of
-from tests.helpers import Classifier, data, mlp, trainer, weights
+from tests.helpers import Classifier, SinglePrecision, data, trainer, weights
 
 
 class Spy(pl.Callback):
@@ -398,23 +398,12 @@ def test_a_gradient_score_without_gradients_is_refused() -> None:
 
 
 def test_a_module_that_cannot_be_traced_is_pruned_by_magnitude_with_a_warning_and_refused_otherwise() -> None:
-    class Strict(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = mlp()
-
-        def forward(self, x: Tensor) -> Tensor:
-            if x.dtype == torch.float64:
-                raise TypeError("single precision only")
-            out: Tensor = self.inner(x)
-            return out
-
     name = "net.inner.2.weight"
     by_magnitude = CPNAPruning({name: 5}, schedule=Cubic(1, 10), score="magnitude", normalize=False)
     with pytest.warns(UserWarning, match="could not be traced.*single precision only"):
-        trainer(by_magnitude).fit(Classifier(Strict()), data())
+        trainer(by_magnitude).fit(Classifier(SinglePrecision()), data())
     with pytest.raises(ValueError, match=r"could not be traced.*single precision only.*use normalize=False"):
-        trainer(CPNAPruning({name: 5})).fit(Classifier(Strict()), data())
+        trainer(CPNAPruning({name: 5})).fit(Classifier(SinglePrecision()), data())
 
 
 def test_weights_that_are_no_target_train_on() -> None:

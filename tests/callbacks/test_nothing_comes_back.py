@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cpna import CPNAPruning, Cubic, Geometric, OneShot, infer_masks, sparsity_of
-from tests.helpers import Classifier, checkpoint, data, mlp, trainer
+from tests.helpers import Classifier, SinglePrecision, checkpoint, data, trainer
 
 
 def pruning(**options: Any) -> CPNAPruning:
@@ -153,19 +153,8 @@ def test_a_network_that_needs_all_rows_is_traced_on_all_rows() -> None:
 
 
 def test_a_module_that_cannot_be_traced_is_not_kept_alive() -> None:
-    class Strict(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = mlp()
-
-        def forward(self, x: Tensor) -> Tensor:
-            if x.dtype == torch.float64:
-                raise TypeError("single precision only")
-            out: Tensor = self.inner(x)
-            return out
-
     def fit() -> weakref.ref[nn.Module]:
-        model = Classifier(Strict())
+        model = Classifier(SinglePrecision())
         callback = CPNAPruning({"net.inner.2.weight": 5}, schedule=Cubic(1, 10), score="magnitude", normalize=False)
         with pytest.warns(UserWarning, match="could not be traced"):
             trainer(callback).fit(model, data())
