@@ -51,6 +51,12 @@ class Graph(Mapping[str, Layer]):
                 if len(inputs):
                     units = consumer.sources[inputs] - producer.units.start
                     self._columns[consumer.weight, producer.weight] = (inputs, units)
+        self._one_to_one = {
+            (consumer, producer)
+            for (consumer, producer), (_, units) in self._columns.items()
+            if len(units) == len(self[producer].units) == len(self[consumer].sources)
+            and torch.equal(units, torch.arange(len(units)))
+        }
 
     def __getitem__(self, name: str) -> Layer:
         return self._layers[name]
@@ -76,25 +82,47 @@ class Graph(Mapping[str, Layer]):
             inputs, units = self._columns[consumer, producer] = inputs.to(device), units.to(device)
         return inputs, units
 
+    def at_inputs(self, values: Tensor, consumer: str, producer: str, default: float) -> Tensor:
+        """Take values of a producer's units, ``(member, unit)``, to the inputs that they feed.
+
+        Returns:
+            ``(member, input)``, the default where other units or none feed an input; do not write to it.
+        """
+        if (consumer, producer) in self._one_to_one:
+            return values
+        inputs, units = self.columns(consumer, producer, values.device)
+        spread = values.new_full((values.shape[0], len(self[consumer].sources)), default)
+        spread[:, inputs] = values[:, units]
+        return spread
+
+    def at_units(self, values: Tensor, consumer: str, producer: str) -> Tensor:
+        """Sum values of a consumer's inputs, ``(member, input)``, over what each unit of the producer feeds.
+
+        Returns:
+            ``(member, unit)``; do not write to it.
+        """
+        if (consumer, producer) in self._one_to_one:
+            return values
+        inputs, units = self.columns(consumer, producer, values.device)
+        summed = values.new_zeros(values.shape[0], len(self[producer].units))
+        return summed.index_add_(1, units, values[:, inputs])
+
     def incoming_norm(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the norm of each unit's weights (bias left out), ``(member, unit)``, in float32 or better."""
         w = _wide(self[name].axes.view(tensors[name]))  # (member, unit, input, *kernel)
-        norms: Tensor = w.flatten(2).norm(dim=2)
+        norms: Tensor = torch.linalg.vector_norm(w.flatten(2), dim=2)
         return norms
 
     def outgoing_norm(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the norm of the weights that each unit feeds, ``(member, unit)``; reaching the output counts as 1."""
         layer = self[name]
         w = layer.axes.view(tensors[name])
-        squares = torch.full(
-            w.shape[:2], float(layer.is_output), dtype=_wide_type(w), device=w.device
-        )  # (member, unit)
+        squares = torch.full(w.shape[:2], float(layer.is_output), dtype=_wide_type(w), device=w.device)
         for consumer in self.fed_by(name):
-            inputs, units = self.columns(consumer.weight, name, squares.device)
             v = _wide(consumer.axes.view(tensors[consumer.weight]))  # (member, unit, input, *kernel)
             per_input = v.square().sum([1, *range(3, v.ndim)])  # (member, input)
-            squares.index_add_(1, units, per_input[:, inputs].to(squares.dtype))
-        return squares.sqrt()
+            squares += self.at_units(per_input, consumer.weight, name)
+        return squares.sqrt_()
 
     def feeding_norm(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return for each input of a layer the norm of the unit that feeds it, ``(member, input)``; 1 where none does."""
@@ -102,8 +130,7 @@ class Graph(Mapping[str, Layer]):
         w = layer.axes.view(tensors[name])
         norms = torch.ones(w.shape[0], w.shape[2], dtype=_wide_type(w), device=w.device)
         for producer in self.feeding(name):
-            inputs, units = self.columns(name, producer.weight, norms.device)
-            norms[:, inputs] = self.incoming_norm(producer.weight, tensors)[:, units]
+            norms *= self.at_inputs(self.incoming_norm(producer.weight, tensors), name, producer.weight, default=1.0)
         return norms
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_cpna.masks import zero_
+from lightning_cpna.cells import fill_cells_
 
 # How a state tensor scales when its weight is multiplied by s, so that its gradient is divided by s.
 _AS_GRADIENT = {"momentum_buffer", "exp_avg", "exp_inf", "grad_avg", "prev"}
@@ -65,19 +65,19 @@ def _moments(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[tuple[st
 
 
 @torch.no_grad()
-def zero_moments_(optimizer: Optimizer, parameter: nn.Parameter, where: Tensor) -> None:
-    """Set the optimizer's state to zero for the weights at ``where`` (bool, the parameter's shape).
+def zero_moments_(optimizer: Optimizer, parameter: nn.Parameter, cells: Tensor) -> None:
+    """Set the optimizer's state to zero for some weights (cells of the flattened parameter).
 
     Example:
         >>> w = nn.Parameter(torch.ones(2))
         >>> optimizer = torch.optim.SGD([w], lr=0.1, momentum=0.9)
         >>> w.sum().backward(); optimizer.step()
-        >>> zero_moments_(optimizer, w, torch.tensor([True, False]))
+        >>> zero_moments_(optimizer, w, torch.tensor([0]))
         >>> optimizer.state[w]["momentum_buffer"]
         tensor([0., 1.])
     """
     for _, value in _moments(optimizer, parameter):
-        zero_(value, where)
+        fill_cells_(value, cells, 0)
 
 
 @torch.no_grad()

@@ -87,21 +87,18 @@ def rescale_(
         >>> torch.allclose(net[0].weight.norm(dim=1), torch.ones(4)), torch.allclose(net(x), before, atol=1e-6)
         (True, True)
     """
-    for name in sorted(
-        producers, key=list(graph).index
-    ):  # as they run, so that no later one undoes an earlier one's norm
+    # As they run, so that no later one undoes an earlier one's norm.
+    for name in sorted(producers, key=list(graph).index):
         layer = graph[name]
         norm = graph.incoming_norm(name, tensors)  # (member, unit)
-        norm = torch.where(norm > torch.finfo(norm.dtype).tiny, norm, torch.ones_like(norm))
-        scales = [(name, layer.axes.view(tensors[name]), 1, 1 / norm)]
+        norm.masked_fill_(norm <= torch.finfo(norm.dtype).tiny, 1.0)
+        inverse = norm.reciprocal()
+        scales = [(name, layer.axes.view(tensors[name]), 1, inverse)]
         if layer.bias is not None:
-            scales.append((layer.bias, layer.axes.view_bias(tensors[layer.bias]), 1, 1 / norm))
+            scales.append((layer.bias, layer.axes.view_bias(tensors[layer.bias]), 1, inverse))
         for consumer in graph.fed_by(name):
-            inputs, units = graph.columns(consumer.weight, name, norm.device)
             view = consumer.axes.view(tensors[consumer.weight])  # (member, unit, input, *kernel)
-            factor = norm.new_ones(view.shape[0], view.shape[2])
-            factor[:, inputs] = norm[:, units]
-            scales.append((consumer.weight, view, 2, factor))
+            scales.append((consumer.weight, view, 2, graph.at_inputs(norm, consumer.weight, name, default=1.0)))
         for scaled, view, axis, factor in scales:
             shape = [1] * view.ndim
             shape[0], shape[axis] = factor.shape

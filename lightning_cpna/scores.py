@@ -67,14 +67,14 @@ class Score:
         """
         w = inputs.weight.abs()  # (member, unit, input, *kernel)
         if self.kind == "normalized":
-            return w * _along(inputs.feeding_norm, 2, w)
+            return w.mul_(_along(inputs.feeding_norm, 2, w))
         if self.kind == "path":
-            paths = w * _along(inputs.outgoing_norm, 1, w)
+            paths = w.mul_(_along(inputs.outgoing_norm, 1, w))
             if self.exponent == 0:
                 return paths
             group = group_norm(paths, "feature")  # (member, input)
             largest = group.amax(1, keepdim=True).clamp(min=torch.finfo(group.dtype).tiny)
-            return paths * _along((group / largest) ** self.exponent, 2, w)
+            return paths.mul_(_along((group / largest) ** self.exponent, 2, w))
         if self.kind == "gradient":
             return w * inputs.gradient.abs()
         if self.kind == "random":

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_cpna.cells import cells_of, fill_cells_
 from lightning_cpna.graph import Graph
-from lightning_cpna.masks import Mask, Masks, fill, keep_top_rows, zero_
+from lightning_cpna.masks import Mask, Masks, keep_top_rows
 from lightning_cpna.moments import optimizer_of, zero_moments_
 from lightning_cpna.report import SparsityReport, feeds_something, live_mask, sparsity_report
 from lightning_cpna.scores import Granularity, ScoreFunction, ScoreInputs, any_in_group, group_norm, ungroup
@@ -74,7 +75,9 @@ class Sparsity:
         self.calls: Mapping[str, Call] = {}
         self.untraced: str | None = None
         self.budgets: list[Budget] = []
-        self._known: dict[tuple[str, Granularity], tuple[tuple[Mask, int], Tensor]] = {}  # counts of the present masks
+        self._known: dict[
+            tuple[str, Granularity], tuple[tuple[Mask, int], list[int]]
+        ] = {}  # counts of the present masks
         self.find_targets(module)
 
     def find_targets(self, module: nn.Module) -> None:
@@ -131,18 +134,25 @@ class Sparsity:
 
     def n_remaining(self, budget: Budget) -> int:
         """Count what remains; in a stacked network, of the member with the most."""
-        return int(torch.stack([self._counts(name, budget.granularity) for name in budget.names]).sum(0).max())
+        return max(self._counts(budget))
 
-    def _counts(self, name: str, granularity: Granularity, without: Tensor | None = None) -> Tensor:
-        """Count the live groups of each member, less the connections of ``without``, int64 ``(member,)``."""
+    def _counts(self, budget: Budget, without: tuple[str, Tensor] | None = None) -> list[int]:
+        """Count what remains in each member, less some connections (bool) of one parameter."""
+        counts = []
+        for name in budget.names:
+            gone = without[1] if without is not None and without[0] == name else None
+            counts.append(self._counts_of(name, budget.granularity, gone))
+        return [sum(members) for members in zip(*counts, strict=True)]
+
+    def _counts_of(self, name: str, granularity: Granularity, without: Tensor | None) -> list[int]:
         mask, axes = self.masks[name], self.targets[name].axes
         if without is not None:
-            return any_in_group(axes.view(mask.live & ~without), granularity).flatten(1).sum(1)
+            return _count_groups(axes.view(mask.live & ~without), granularity)
         if granularity == "connection" and axes.member is None:
-            return torch.tensor([mask.n_live])
+            return [mask.n_live]
         key, made = (name, granularity), (mask, mask.version)
         if key not in self._known or self._known[key][0] != made:
-            self._known[key] = (made, any_in_group(axes.view(mask.live), granularity).flatten(1).sum(1).cpu())
+            self._known[key] = (made, _count_groups(axes.view(mask.live), granularity))
         return self._known[key][1]
 
     @torch.no_grad()
@@ -175,27 +185,41 @@ class Sparsity:
         if n > (remaining := self.n_remaining(budget)):
             raise ValueError(f"n is {n}; allowed is what remains of {budget.label!r}, {remaining}, or less")
         generator = generator or torch.Generator().manual_seed(getattr(score, "seed", 0))
-        grouped = []  # a parameter each, (member, cell)
-        for name in budget.names:
-            target = self.targets[name]
-            scores = score(ScoreInputs(target, self.tensors, self.graph, generator))
-            dead = target.axes.view(self.masks[name].dead)  # (member, unit, input, *kernel)
-            scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).expand(dead.shape)
-            if budget.granularity == "connection":
-                grouped.append(fill(scores, dead, -torch.inf))
+        scores = [self._candidates(name, budget.granularity, score, generator) for name in budget.names]
+        decision, lowest = self._keep_every_layer(budget, scores, n)
+        sizes = [candidates.shape[1] for candidates in scores]
+        for name, keep in zip(budget.names, torch.split(agree(decision), sizes, dim=1), strict=True):
+            if self._is_listed(name, budget.granularity):
+                self._zero_(name, self.masks[name].keep_(keep.flatten()), optimizers)
             else:
-                empty = ~any_in_group(~dead, budget.granularity)
-                grouped.append(fill(group_norm(fill(scores, dead, 0.0), budget.granularity), empty, -torch.inf))
-        rows = torch.cat([scores.flatten(1) for scores in grouped], dim=1)
-        sizes = [scores[0].numel() for scores in grouped]
-        decision, lowest = self._keep_every_layer(budget, rows, n, sizes)
-        keep = agree(decision)
-        for name, part, scores in zip(budget.names, torch.split(keep, sizes, dim=1), grouped, strict=True):
-            self._remove_groups_(name, part.view(scores.shape), budget.granularity, optimizers)
+                self._remove_groups_(name, ~keep, budget.granularity, optimizers)
         return lowest
 
-    def _keep_every_layer(self, budget: Budget, rows: Tensor, n: int, sizes: list[int]) -> tuple[Tensor, float]:
+    def _is_listed(self, name: str, granularity: Granularity) -> bool:
+        """Tell whether the candidates are the list of live connections: what is dead already then costs nothing."""
+        axes = self.targets[name].axes
+        return granularity == "connection" and axes.member is None and axes.unit == 0 and axes.input in (None, 1)
+
+    def _candidates(
+        self, name: str, granularity: Granularity, score: ScoreFunction, generator: torch.Generator
+    ) -> Tensor:
+        """Score what may go, ``(member, candidate)``; ``-inf`` marks what went before."""
+        target, mask = self.targets[name], self.masks[name]
+        scores = score(ScoreInputs(target, self.tensors, self.graph, generator))
+        dead = target.axes.view(mask.dead)  # (member, unit, input, *kernel)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).expand(dead.shape)
+        if self._is_listed(name, granularity):
+            return scores.reshape(1, -1).index_select(1, mask.live_cells)
+        if granularity == "connection":
+            return scores.masked_fill(dead, -torch.inf).flatten(1)
+        empty = ~any_in_group(~dead, granularity)
+        return group_norm(scores.masked_fill(dead, 0.0), granularity).masked_fill(empty, -torch.inf)
+
+    def _keep_every_layer(self, budget: Budget, scores: list[Tensor], n: int) -> tuple[Tensor, float]:
         """Keep the ``n`` best, but of every layer at least the best one: no layer of a shared budget collapses."""
+        if len(scores) == 1:
+            return keep_top_rows(scores[0], n)
+        rows, sizes = torch.cat(scores, dim=1), [candidates.shape[1] for candidates in scores]
         keep, lowest = keep_top_rows(rows, n)
         empty = [i for i, part in enumerate(torch.split(keep, sizes, dim=1)) if not bool(part.any(1).all())]
         if not empty:
@@ -213,13 +237,14 @@ class Sparsity:
         return keep, float(rows[keep].min())
 
     def _remove_groups_(
-        self, name: str, keep: Tensor, granularity: Granularity, optimizers: Iterable[Optimizer]
+        self, name: str, gone: Tensor, granularity: Granularity, optimizers: Iterable[Optimizer]
     ) -> None:
+        """Remove groups of connections, bool ``(member, group)``."""
         where = torch.empty_like(self.masks[name].dead)
-        view = self.targets[name].axes.view(where)
-        view.copy_(ungroup(~keep, granularity, view))
+        view = self.targets[name].axes.view(where)  # (member, unit, input, *kernel)
+        view.copy_(gone.view(view.shape) if granularity == "connection" else ungroup(gone, granularity, view))
         if granularity == "unit":
-            self._remove_outgoing_(name, ~keep, optimizers)
+            self._remove_outgoing_(name, gone, optimizers)
         self.remove_(name, where, optimizers)
 
     def with_removable_units(self, name: str) -> Graph:
@@ -245,12 +270,9 @@ class Sparsity:
         """Remove the connections that some units (bool, ``(member, unit)``) feed."""
         graph = self.with_removable_units(name)
         for consumer in graph.fed_by(name):
-            where = torch.zeros_like(self.tensors[consumer.weight], dtype=torch.bool)
+            where = torch.empty_like(self.tensors[consumer.weight], dtype=torch.bool)
             view = consumer.axes.view(where)  # (member, unit, input, *kernel)
-            inputs, owners = graph.columns(consumer.weight, name, units.device)
-            columns = torch.zeros(view.shape[0], view.shape[2], dtype=torch.bool, device=units.device)
-            columns[:, inputs] = units[:, owners]
-            view.copy_(ungroup(columns, "feature", view))
+            view.copy_(ungroup(graph.at_inputs(units, consumer.weight, name, default=False), "feature", view))
             self.remove_(consumer.weight, where, optimizers)
 
     @torch.no_grad()
@@ -262,14 +284,17 @@ class Sparsity:
             where: Which connections, bool of the parameter's shape.
             optimizers: Whose moments of them are set to zero.
         """
-        parameter = self.targets[name].parameter
-        self.masks.add(name, parameter)
+        self.masks.add(name, self.targets[name].parameter)
         self.masks[name].remove_(where)
-        zero_(parameter, where)
+        self._zero_(name, cells_of(where), optimizers)
+
+    def _zero_(self, name: str, cells: Tensor, optimizers: Iterable[Optimizer]) -> None:
+        parameter = self.targets[name].parameter
+        fill_cells_(parameter, cells, 0)
         if parameter.grad is not None:
-            zero_(parameter.grad, where)
+            fill_cells_(parameter.grad, cells, 0)
         if (optimizer := optimizer_of(optimizers, parameter)) is not None:
-            zero_moments_(optimizer, parameter, where)
+            zero_moments_(optimizer, parameter, cells)
 
     def remove_dead_units_(self, optimizers: Iterable[Optimizer] = ()) -> None:
         """Remove the incoming connections of units that feed nothing, unless a budget needs them to reach its count."""
@@ -287,13 +312,8 @@ class Sparsity:
             view.copy_(ungroup(dead, "unit", view))
             where &= live
             budgets = [budget for budget in self.budgets if name in budget.names]
-            if bool(where.any()) and not any(self._falls_short(budget, name, where) for budget in budgets):
+            if bool(where.any()) and all(min(self._counts(b, (name, where))) >= b.n_end for b in budgets):
                 self.remove_(name, where, optimizers)
-
-    def _falls_short(self, budget: Budget, name: str, where: Tensor) -> bool:
-        """Tell whether a member would have less than its budget without these connections of one parameter."""
-        counts = [self._counts(n, budget.granularity, where if n == name else None).cpu() for n in budget.names]
-        return bool((torch.stack(counts).sum(0) < budget.n_end).any())
 
     def mask_gradients_(self) -> None:
         """Set the gradients of connections that do not live to zero, in place; call it before each optimizer step."""
@@ -309,6 +329,12 @@ class Sparsity:
         own = [b for b in self.budgets if len(b.names) == 1 and b.granularity == "connection"]
         wanted = {budget.names[0]: budget.n_end for budget in own}
         return sparsity_report(self.masks, self.targets, self.graph, wanted)
+
+
+def _count_groups(live: Tensor, granularity: Granularity) -> list[int]:
+    """Count the live groups of each member, from bool ``(member, unit, input, *kernel)``."""
+    counts: list[int] = any_in_group(live, granularity).flatten(1).sum(1).tolist()
+    return counts
 
 
 def _size(target: Target, granularity: Granularity) -> int:

@@ -35,7 +35,8 @@ class Axes:
     def view(self, tensor: Tensor) -> Tensor:
         """View a weight as ``(member, unit, input, *kernel)``; a missing axis has size 1. Writing to it writes through."""
         order = [axis for axis in (self.member, self.unit, self.input) if axis is not None]
-        tensor = tensor.movedim(order, tuple(range(len(order))))
+        if order != sorted(order) or order[-1] != len(order) - 1:
+            tensor = tensor.movedim(order, tuple(range(len(order))))
         if self.member is None:
             tensor = tensor.unsqueeze(0)
         return tensor.unsqueeze(2) if self.input is None else tensor

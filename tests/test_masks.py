@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_cpna import Masks, infer_masks, keep_top
-from lightning_cpna.masks import fill, keep_top_rows, pack, unpack, zero_
+from lightning_cpna.cells import cells_of, fill_cells_, pack, unpack
+from lightning_cpna.masks import keep_top_rows
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3)
 
@@ -137,34 +138,38 @@ SPECIAL = [1.5, -2.0, 0.0, -0.0, math.inf, -math.inf, math.nan, 3.0]
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_zeroing_in_place_equals_torch_where(dtype: torch.dtype, transposed: bool) -> None:
+@pytest.mark.parametrize("way", ["cells", "mask"])
+def test_zeroing_in_place_equals_torch_where(dtype: torch.dtype, transposed: bool, way: str) -> None:
+    special = torch.tensor(SPECIAL, dtype=dtype)
     for seed in range(8):
         torch.manual_seed(seed)
         where = torch.rand(4, 2) < 0.5
-        tensor = nn.Parameter(torch.tensor(SPECIAL, dtype=dtype).view(2, 4).T if transposed else _special(dtype))
+        tensor = nn.Parameter(special.view(2, 4).T if transposed else special.view(4, 2).clone())
         expected = torch.where(where, 0, tensor.detach())
         address = tensor.data_ptr()
         with torch.no_grad():
-            zero_(tensor, where)
+            if way == "cells":
+                fill_cells_(tensor, cells_of(where), 0)
+            else:
+                masks = Masks()
+                masks.add("w", tensor)
+                masks["w"].remove_(where)
+                masks["w"].apply_(tensor)
         torch.testing.assert_close(tensor.detach(), expected, rtol=0, atol=0, equal_nan=True)
         assert tensor.data_ptr() == address
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("value", [0.0, -math.inf, math.inf, -1.5])
-def test_filling_equals_torch_where_and_leaves_the_tensor_alone(dtype: torch.dtype, value: float) -> None:
-    for seed in range(8):
-        torch.manual_seed(seed)
-        where, tensor = torch.rand(4, 2) < 0.5, _special(dtype)
-        filled = fill(tensor, where, value)
-        assert filled.dtype == dtype
-        expected = torch.where(where, torch.tensor(value, dtype=dtype), tensor)
-        torch.testing.assert_close(filled, expected, rtol=0, atol=0, equal_nan=True)
-        torch.testing.assert_close(tensor, _special(dtype), rtol=0, atol=0, equal_nan=True)
-
-
-def _special(dtype: torch.dtype) -> Tensor:
-    return torch.tensor(SPECIAL, dtype=dtype).view(4, 2)
+@given(shape=SHAPES, rounds=st.integers(0, 4))
+def test_live_cells_are_those_that_no_round_of_removal_took(shape: list[int], rounds: int) -> None:
+    masks = Masks()
+    masks.add("w", torch.rand(shape).movedim(0, -1))
+    gone = torch.zeros(masks["w"].dead.shape, dtype=torch.bool)
+    for _ in range(rounds):
+        where = torch.rand(gone.shape) < 0.3
+        masks["w"].remove_(where)
+        gone |= where
+        assert masks["w"].live_cells.tolist() == (~gone).flatten().nonzero().flatten().tolist()
+    assert len(masks["w"].live_cells) == masks["w"].n_live
 
 
 def test_a_mask_applies_to_tensors_of_any_float_type_and_follows_later_removals() -> None:

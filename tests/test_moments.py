@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_cpna import rescale_, trace
+from lightning_cpna.cells import cells_of
 from lightning_cpna.moments import (
     is_elementwise,
     optimizer_of,
@@ -71,7 +72,7 @@ def test_removed_weights_stay_exactly_zero_under_decay_once_their_moments_are_ze
     dead = {p: torch.rand_like(p) < 0.5 for p in parameters}
     for parameter, where in dead.items():
         parameter.data.masked_fill_(where, 0)
-        zero_moments_(optimizer, parameter, where)
+        zero_moments_(optimizer, parameter, cells_of(where))
     before = [p.detach().clone() for p in parameters]
     for _ in range(20):
         backward(net, data)
@@ -148,7 +149,7 @@ def test_zeroing_and_resetting_touch_only_what_they_name() -> None:
     before = {key: value.clone() for key, value in optimizer.state[weight].items()}
     assert before.keys() == {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
     where = torch.tensor([[True, False, False], [False, False, True]])
-    zero_moments_(optimizer, weight, where)
+    zero_moments_(optimizer, weight, cells_of(where))
     for key, value in before.items():
         expected = value if key == "step" else value * ~where
         assert torch.equal(optimizer.state[weight][key], expected)
@@ -161,7 +162,7 @@ def test_zeroing_and_resetting_touch_only_what_they_name() -> None:
 def test_an_optimizer_that_has_not_stepped_has_nothing_to_change() -> None:
     weight = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.Adam([weight])
-    zero_moments_(optimizer, weight, torch.tensor([True, True]))
+    zero_moments_(optimizer, weight, torch.tensor([0, 1]))
     reset_moments_(optimizer, weight)
     scale_moments_(optimizer, weight, torch.ones(2))
     assert weight not in optimizer.state
@@ -354,6 +355,6 @@ def test_the_state_is_changed_in_place(change: Callable[[Optimizer, nn.Parameter
     weight.grad = torch.ones(2)
     optimizer.step()
     buffer = optimizer.state[weight]["momentum_buffer"]
-    change(optimizer, weight, torch.tensor([True, False]) if change is zero_moments_ else torch.tensor([4.0, 1.0]))
+    change(optimizer, weight, torch.tensor([1]) if change is zero_moments_ else torch.tensor([4.0, 1.0]))
     assert optimizer.state[weight]["momentum_buffer"] is buffer
-    assert buffer.tolist() == ([0.0, 1.0] if change is zero_moments_ else [0.25, 1.0])
+    assert buffer.tolist() == ([1.0, 0.0] if change is zero_moments_ else [0.25, 1.0])

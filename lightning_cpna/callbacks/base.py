@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_cpna._lightning import Callback, LightningModule, Trainer
 from lightning_cpna.callbacks.capture import Capture, few_rows
-from lightning_cpna.masks import pack, unpack
+from lightning_cpna.cells import cells_of, pack, unpack
 from lightning_cpna.moments import is_elementwise, optimizer_of, zero_moments_
 from lightning_cpna.report import SparsityReport
 from lightning_cpna.sparsity import Budget, Sparsity, sparsity_of
@@ -214,7 +214,7 @@ class SparsityCallback(Callback):
         for name, mask in sparsity.masks.items():
             owner = optimizer_of(fit.optimizers, sparsity.tensors[name])
             if owner is not None and mask.n_live < mask.dead.numel():
-                zero_moments_(owner, sparsity.tensors[name], mask.dead)
+                zero_moments_(owner, sparsity.tensors[name], cells_of(mask.dead))
 
     # While training
 

@@ -1,0 +1,76 @@
+"""Bool tensors and the cells where they are True: counting, listing, filling and packing them.
+
+On the CPU counting, listing and picking go through NumPy, whose loops over bools are vectorised: five to fifteen times
+faster than torch's on 82k cells.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def count_true(where: Tensor) -> int:
+    """Count where a bool tensor is True.
+
+    Example:
+        >>> count_true(torch.tensor([True, False, True]))
+        2
+    """
+    return int(np.count_nonzero(where.numpy()) if where.is_cpu else where.sum())
+
+
+def cells_of(where: Tensor) -> Tensor:
+    """Return where a bool tensor is True, as cells of the flattened tensor, int64 ``(n,)``.
+
+    Example:
+        >>> cells_of(torch.tensor([[False, True], [True, False]]))
+        tensor([1, 2])
+    """
+    flat = where.flatten()
+    return torch.from_numpy(np.flatnonzero(flat.numpy())) if flat.is_cpu else flat.nonzero().flatten()
+
+
+def pick(values: Tensor, where: Tensor) -> Tensor:
+    """Return the values ``(n,)`` where a bool tensor ``(n,)`` is True, as ``values[where]``.
+
+    Example:
+        >>> pick(torch.tensor([5, 6, 7]), torch.tensor([True, False, True]))
+        tensor([5, 7])
+    """
+    return torch.from_numpy(values.numpy()[where.numpy()]) if values.is_cpu else values[where]
+
+
+def fill_cells_(tensor: Tensor, cells: Tensor, value: float) -> None:
+    """Fill some cells of a tensor of any layout, in place; cells are counted as in ``tensor.flatten()``.
+
+    Example:
+        >>> tensor = torch.ones(2, 3)
+        >>> fill_cells_(tensor, torch.tensor([1, 5]), 0)
+        >>> tensor
+        tensor([[1., 0., 1.],
+                [1., 1., 0.]])
+    """
+    if tensor.is_contiguous():
+        tensor.view(-1).index_fill_(0, cells, value)
+    else:
+        tensor[torch.unravel_index(cells, tensor.shape)] = value
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Pack a bool tensor into bytes, eight cells each, on the CPU.
+
+    Example:
+        >>> pack(torch.tensor([True, False, True]))
+        tensor([5], dtype=torch.uint8)
+    """
+    return torch.from_numpy(np.packbits(mask.detach().flatten().cpu().numpy(), bitorder="little"))
+
+
+def unpack(packed: Tensor, shape: torch.Size | list[int]) -> Tensor:
+    """Undo ``pack`` for a mask of this shape."""
+    bits = np.unpackbits(packed.numpy(), count=math.prod(shape), bitorder="little")
+    return torch.from_numpy(bits).bool().view(shape)
