@@ -162,7 +162,10 @@ def sparsity_report(
     layers = []
     for name, mask in masks.items():
         live = targets[name].axes.view(mask.live)  # (member, unit, input, *kernel)
-        features = live.movedim(2, 1).flatten(2).any(2)  # (member, input)
+        groups = torch.stack(
+            live.chunk(targets[name].axes.groups, dim=1), dim=1
+        )  # (member, group, unit, input, *kernel)
+        features = groups.movedim(3, 2).flatten(3).any(3)  # (member, group, input)
         units = live_units(masks, graph, targets, name)
         layers.append(
             LayerReport(

@@ -118,6 +118,11 @@ class Sparsity:
             for target in targets:
                 if granularity == "feature" and target.axes.input is None:
                     raise ValueError(f"granularity='feature': {target.name!r} has no input axis; allowed are weights")
+                if granularity == "feature" and target.axes.groups > 1:
+                    raise ValueError(
+                        f"granularity='feature': {target.name!r} is grouped, so that a column of it is several features; "
+                        "allowed are layers without groups, or another granularity"
+                    )
                 self.masks.add(target.name, target.parameter)
             names = [target.name for target in targets]
             for label, members in [(pattern, names)] if scope == "shared" else [(name, [name]) for name in names]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -17,6 +17,8 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 @dataclass(frozen=True)
 class Axes:
     """Which axis of a weight holds its units, which its inputs and which (if any) the members of a stacked network.
+
+    In a grouped convolution each group of units reads inputs of its own, so the input axis is that much shorter.
 
     The defaults fit ``Linear``, ``Conv`` and recurrent weights. A module with another layout says so in a class
     attribute ``parameter_axes``, a dict from the parameter's local name to its ``Axes``.
@@ -31,6 +33,7 @@ class Axes:
     unit: int = 0
     input: int | None = 1
     member: int | None = None
+    groups: int = 1
 
     def view(self, tensor: Tensor) -> Tensor:
         """View a weight as ``(member, unit, input, *kernel)``; a missing axis has size 1. Writing to it writes through."""
@@ -75,7 +78,9 @@ def axes_of(module: nn.Module, local_name: str) -> Axes:
     parameter = getattr(module, local_name)
     if parameter.ndim < 2:
         return Axes(unit=0, input=None)
-    return Axes(unit=1, input=0) if isinstance(module, _ConvTransposeNd) else Axes()
+    if isinstance(module, _ConvTransposeNd):
+        return Axes(unit=1, input=0)
+    return Axes(groups=module.groups) if isinstance(module, _ConvNd) else Axes()
 
 
 def all_targets(module: nn.Module) -> dict[str, Target]:

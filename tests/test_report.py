@@ -232,3 +232,14 @@ def test_an_empty_report_is_dense() -> None:
     report = sparsity_report(Masks(), {})
     assert (report.layers, report.connections, report.size, report.density) == ((), 0, 0, 1.0)
     assert "total" in str(report)
+
+
+def test_a_grouped_convolution_has_as_many_features_as_channels() -> None:
+    net = nn.Conv2d(6, 4, 3, groups=2)  # units 0 and 1 read channels 0 to 2, units 2 and 3 channels 3 to 5
+    masks = Masks()
+    masks.add("weight", net.weight)
+    dead = torch.ones_like(net.weight, dtype=torch.bool)
+    dead[0, 1, 2, 2] = dead[1, 1, 0, 0] = dead[3, 1, 0, 0] = False  # channels 1, 1 and 4
+    masks["weight"].remove_(dead)
+    layer = sparsity_report(masks, all_targets(net)).layers[0]
+    assert (layer.live_features, layer.features, layer.live_units, layer.units) == (2, 6, 3, 4)

@@ -608,3 +608,9 @@ def test_everyone_who_asks_for_a_modules_sparsity_gets_the_same_as_long_as_it_li
     del other
     gc.collect()
     assert gone() is None
+
+
+def test_features_of_a_grouped_convolution_are_refused() -> None:
+    net = nn.Conv1d(4, 4, 3, groups=2)
+    with pytest.raises(ValueError, match="granularity='feature': 'weight' is grouped"):
+        Sparsity(net).add_budgets(net, {"weight": 1}, granularity="feature")

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_cpna._lightning import Callback, LightningModule, Trainer
-from lightning_cpna.callbacks.capture import Capture, few_rows
+from lightning_cpna.callbacks.capture import Capture, few_rows, outermost
 from lightning_cpna.cells import cells_of, pack, unpack
 from lightning_cpna.moments import is_elementwise, optimizer_of, zero_moments_
 from lightning_cpna.report import SparsityReport
@@ -29,24 +29,26 @@ class Fit:
     """What belongs to one fit: never copied, never saved.
 
     Attributes:
+        trainer: The trainer.
         sparsity: The module's masks, shared by all callbacks.
         budgets: The budgets of this callback.
         leads: Whether this is the first of our callbacks, which does what is done once.
         optimizers: The trainer's optimizers.
         handles: The hooks on them.
-        capture: Records the first batch.
-        graph_known: Whether the first batch is over.
+        capture: Records a batch.
+        planned: Whether it is decided what will be done when.
         logged_at_target: What was logged last.
         averaged_live: How many connections lived when averages of the weights were masked last.
     """
 
+    trainer: Trainer
     sparsity: Sparsity
     budgets: list[Budget]
     leads: bool
     optimizers: list[Optimizer] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
     capture: Capture | None = None
-    graph_known: bool = False
+    planned: bool = False
     logged_at_target: bool | None = None
     averaged_live: int = -1
 
@@ -90,11 +92,11 @@ class SparsityCallback(Callback):
         """What should remain? Asked when a fit starts."""
         raise NotImplementedError
 
-    def _plan(self, fit: Fit, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What will be done when? Asked after the first batch, when it is known which layer feeds which."""
+    def _plan(self, fit: Fit, pl_module: LightningModule) -> None:
+        """What will be done when? Asked once the targets have run, when it is known which layer feeds which."""
         raise NotImplementedError
 
-    def _after_step(self, fit: Fit, trainer: Trainer) -> None:
+    def _after_step(self, fit: Fit) -> None:
         """What is done after this optimizer step?"""
         raise NotImplementedError
 
@@ -114,7 +116,12 @@ class SparsityCallback(Callback):
         return f"{type(self).__qualname__}{{'name': {self.name!r}}}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the callback's state; the masks are in the checkpoint beside it."""
+        """Return the callback's state; the masks are in the checkpoint beside it.
+
+        A callback before this one may save between an optimizer step and the end of its batch: what this one does after
+        the step is done first, so that the checkpoint holds it.
+        """
+        self._catch_up()
         return {"version": STATE_VERSION, "step": self._step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -133,7 +140,8 @@ class SparsityCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the masks, once."""
-        checkpoint.setdefault(CHECKPOINT_KEY, sparsity_of(pl_module).masks.state_dict())
+        if self._is_first(trainer):
+            checkpoint[CHECKPOINT_KEY] = sparsity_of(pl_module).masks.state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Load the masks, once."""
@@ -145,8 +153,7 @@ class SparsityCallback(Callback):
         return {**self.__dict__, "_fit": None}
 
     def _is_first(self, trainer: Trainer) -> bool:
-        ours: list[Callback] = [c for c in trainer.callbacks if isinstance(c, SparsityCallback)]  # type: ignore[attr-defined]
-        return ours[0] is self
+        return _ours(trainer)[0] is self
 
     # Before training
 
@@ -159,15 +166,21 @@ class SparsityCallback(Callback):
                 f"{type(self).__name__} cannot work with {strategy}, which splits or hides parameters; "
                 "use strategy='ddp' or a single device"
             )
+        if stage == "fit" and trainer.global_step == 0:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Forget an earlier fit; what a checkpoint holds is loaded after this."""
+        self._step = self._handled_step = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the targets, and hold the masks that are there already (a resumed run, a second fit)."""
         sparsity, leads = sparsity_of(pl_module), self._is_first(trainer)
         if leads:
-            sparsity.graph, sparsity.untraced, sparsity.budgets = None, None, []
+            sparsity.graph, sparsity.untraced, sparsity.calls, sparsity.budgets = None, None, {}, []
             sparsity.find_targets(pl_module)
             sparsity.masks.apply_(sparsity.tensors)
-        self._fit = Fit(sparsity, self._find_budgets(sparsity, pl_module), leads)
+        self._fit = Fit(trainer, sparsity, self._find_budgets(sparsity, pl_module), leads)
         for name in self._fit.names:
             n_zeros = int((sparsity.tensors[name] == 0).sum())
             if sparsity.masks[name].n_live == sparsity.masks[name].dead.numel() > n_zeros > 0:
@@ -180,9 +193,7 @@ class SparsityCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Watch the optimizers."""
         fit = self._running()
-        if trainer.global_step == 0:
-            self._step = self._handled_step = 0
-        elif not self._step and not self._restored:
+        if trainer.global_step and not self._step and not self._restored:
             warnings.warn(
                 f"{self.name}: training goes on from step {trainer.global_step}, but there is no state of a "
                 f"{type(self).__name__} of this name: its schedule starts from step 0",
@@ -219,9 +230,9 @@ class SparsityCallback(Callback):
     # While training
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Watch the first batch of a fit, to see which layer feeds which."""
+        """Watch the first batches of a fit, until it is seen which layers feed the targets and which they feed."""
         fit = self._running()
-        if fit.leads and not fit.graph_known:
+        if fit.leads and not all(ours._running().planned for ours in _ours(trainer)):
             names = {name for budget in fit.sparsity.budgets for name in budget.names}
             fit.capture = Capture(pl_module, [fit.sparsity.tensors[name] for name in names])
 
@@ -238,13 +249,10 @@ class SparsityCallback(Callback):
         fit = self._running()
         if fit.capture is not None:
             self._trace(fit, pl_module, fit.capture)
-        if not fit.graph_known:
-            fit.graph_known = True
-            self._plan(fit, trainer, pl_module)
-        if self._step > self._handled_step:
-            self._handled_step = self._step
-            self._after_step(fit, trainer)
-            self._mask_averages(fit, trainer)
+        if not fit.planned and (self._step > self._handled_step or set(fit.names) <= set(fit.sparsity.graph or ())):
+            self._plan(fit, pl_module)
+            fit.planned = True
+        self._catch_up()
         # Lightning's log takes about a millisecond a value, so values are logged when they are wanted, or are news.
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         at_target = self._at_target(fit)
@@ -255,13 +263,20 @@ class SparsityCallback(Callback):
             pl_module.log(connections, values.pop(connections), prog_bar=True)
             pl_module.log_dict({**values, f"{self.name}/at_target": float(at_target)})
 
-    def _mask_averages(self, fit: Fit, trainer: Trainer) -> None:
+    def _catch_up(self) -> None:
+        """Do what is done after an optimizer step, if that is still to be done."""
+        if self._fit is not None and self._fit.planned and self._step > self._handled_step:
+            self._handled_step = self._step
+            self._after_step(self._fit)
+            self._mask_averages(self._fit)
+
+    def _mask_averages(self, fit: Fit) -> None:
         """Mask the copies that weight-averaging callbacks keep (EMA, SWA); an average of zeros stays zero by itself."""
         live = sum(mask.n_live for mask in fit.sparsity.masks.values())
         if not fit.leads or live == fit.averaged_live:
             return
         fit.averaged_live = live
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in fit.trainer.callbacks:  # type: ignore[attr-defined]
             average = getattr(callback, "_average_model", None)
             if isinstance(average, nn.Module):
                 tensors = all_targets(getattr(average, "module", average))
@@ -269,7 +284,10 @@ class SparsityCallback(Callback):
 
     def _trace(self, fit: Fit, pl_module: LightningModule, capture: Capture) -> None:
         fit.capture = None
-        calls = capture.finish()
+        known = fit.sparsity.calls
+        calls = outermost({**capture.finish(), **known})
+        if calls.keys() == known.keys():
+            return
         for tried in (few_rows(calls), calls):  # some networks cannot do with fewer rows
             try:
                 fit.sparsity.graph, fit.sparsity.calls = trace_calls(pl_module, tried), tried
@@ -320,6 +338,10 @@ class SparsityCallback(Callback):
                 self._fit.sparsity.find_targets(pl_module)
                 self._fit.sparsity.masks.apply_(self._fit.sparsity.tensors)
             self._fit = None
+
+
+def _ours(trainer: Trainer) -> list[SparsityCallback]:
+    return [c for c in trainer.callbacks if isinstance(c, SparsityCallback)]  # type: ignore[attr-defined]
 
 
 def agree(trainer: Trainer, decision: Tensor) -> Tensor:

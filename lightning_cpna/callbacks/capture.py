@@ -54,12 +54,16 @@ class Capture:
         Arguments with a history, computed by other calls, are marked: their copies require a gradient.
         """
         self.close()
-        outermost = [p for p in self._calls if not any(_inside(p, other) for other in self._calls)]
-        return {path: _detached(self._calls[path]) for path in sorted(outermost)}
+        return {path: _detached(call) for path, call in outermost(self._calls).items()}
 
     def close(self) -> None:
         """Stop recording."""
         self._context.close()
+
+
+def outermost(calls: Mapping[str, Call]) -> dict[str, Call]:
+    """Leave out the calls of modules that are inside another one that was called."""
+    return {path: calls[path] for path in sorted(calls) if not any(_inside(path, other) for other in calls)}
 
 
 def _inside(path: str, other: str) -> bool:

@@ -128,8 +128,7 @@ class CPNAPruning(SparsityCallback):
         self.normalize = normalize
         self.scope: Scope = scope
         self._score = _score_of(score, granularity)
-        seed = self._score.seed if isinstance(self._score, Score) else 0
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator()
         self._n_start: dict[str, int] = {}
         self._thresholds: dict[str, float] = {}
         self._stages: list[Stage] = []
@@ -150,14 +149,17 @@ class CPNAPruning(SparsityCallback):
         self._thresholds = dict(state_dict["thresholds"])
         self._generator.set_state(state_dict["generator"])
 
+    def _begin(self) -> None:
+        super()._begin()
+        self._n_start, self._thresholds = {}, {}
+        self._generator.manual_seed(self._score.seed if isinstance(self._score, Score) else 0)
+
     def _find_budgets(self, sparsity: Sparsity, pl_module: LightningModule) -> list[Budget]:
         return sparsity.add_budgets(pl_module, self.targets, self.granularity, self.scope)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin anew, unless training goes on; check that the schedule's fractions can be turned into steps."""
+        """Check that the schedule's fractions can be turned into steps, and that the run is long enough."""
         super().on_train_start(trainer, pl_module)
-        if self._step == 0:
-            self._n_start, self._thresholds = {}, {}
         total = trainer.estimated_stepping_batches
         schedule = resolved_schedule(self.schedule or Annealing(PRETRAINING, 1.0), total)
         if pl_module.automatic_optimization and isinstance(schedule, Schedule) and 0 < total < schedule.end:
@@ -167,7 +169,7 @@ class CPNAPruning(SparsityCallback):
                 stacklevel=2,
             )
 
-    def _plan(self, fit: Fit, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _plan(self, fit: Fit, pl_module: LightningModule) -> None:
         graph = fit.sparsity.graph
         needs_graph = (
             self.schedule is None
@@ -190,7 +192,7 @@ class CPNAPruning(SparsityCallback):
                 fit.sparsity.with_removable_units(name)
             if isinstance(self._score, Score):
                 self._score.check(ScoreInputs(fit.sparsity.targets[name], fit.sparsity.tensors, graph, self._generator))
-        total = trainer.estimated_stepping_batches
+        total = fit.trainer.estimated_stepping_batches
         staged = _in_windows(fit.budgets, graph) if self.schedule is None else [(fit.budgets, self.schedule)]
         self._stages = [
             Stage(
@@ -215,7 +217,7 @@ class CPNAPruning(SparsityCallback):
         return () if self.normalize is False or graph is None else tuple(rescalable(graph, names))
 
     @torch.no_grad()
-    def _after_step(self, fit: Fit, trainer: Trainer) -> None:
+    def _after_step(self, fit: Fit) -> None:
         sparsity = fit.sparsity
         moments: Moments = "keep" if isinstance(self.normalize, bool) or self.normalize is None else self.normalize
         for stage in self._stages:
@@ -229,9 +231,9 @@ class CPNAPruning(SparsityCallback):
                 )
             if stage.acts(self._step):
                 for budget in stage.budgets:
-                    self._prune(fit, trainer, budget, stage)
+                    self._prune(fit, budget, stage)
 
-    def _prune(self, fit: Fit, trainer: Trainer, budget: Budget, stage: Stage) -> None:
+    def _prune(self, fit: Fit, budget: Budget, stage: Stage) -> None:
         current = fit.sparsity.n_remaining(budget)
         n_start = self._n_start.setdefault(budget.label, current)
         n = n_remaining(stage.schedule, self._step, n_start, budget.n_end)
@@ -243,7 +245,7 @@ class CPNAPruning(SparsityCallback):
                     self._score,
                     optimizers=fit.optimizers,
                     generator=self._generator,
-                    agree=partial(agree, trainer),
+                    agree=partial(agree, fit.trainer),
                 )
             except ValueError as error:
                 raise ValueError(f"{self.name}: at step {self._step}, pruning {budget.label!r}: {error}") from error

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_cpna import Annealing, CPNAPruning, Cubic, Geometric, Linear, OneShot, infer_masks, sparsity_of
+from lightning_cpna import Annealing, CPNAPruning, Cubic, Geometric, Linear, Masks, OneShot, infer_masks, sparsity_of
 from tests.helpers import Classifier, OtherClassifier, checkpoint, data, mlp, trainer, weights
 
 HIDDEN = Annealing(start=2, end=6)
@@ -237,6 +237,39 @@ def test_accumulated_batches_count_as_one_step() -> None:
     assert [step for step, _ in seen] == [0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4]
 
 
+def test_a_checkpoint_that_an_earlier_callback_saves_inside_a_batch_holds_what_its_step_pruned(tmp_path: Path) -> None:
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+    trainer(Save(), *two_callbacks()).fit(Classifier(), data())
+    for step in (1, 3, 4, 6, 11, 15, 16):
+        saved = torch.load(tmp_path / f"{step}.ckpt", weights_only=True)
+        model = Classifier()
+        model.load_state_dict(saved["state_dict"])
+        masks = Masks()
+        masks.load_state_dict(saved["lightning_cpna"])
+        moment = saved["optimizer_states"][0]["state"]
+        for position, name, wanted in (
+            (2, "net.2.weight", HIDDEN.n_remaining(step, 16, 5)),
+            (0, "net.0.weight", INPUT.n_remaining(step, 6 * (16 if step < 4 else 5), 9)),
+        ):
+            live = masks[name].live
+            assert int(live.sum()) == wanted, (step, name)
+            assert torch.equal(model.get_parameter(name) != 0, live)
+            assert torch.equal(moment[position]["exp_avg"] != 0, live)
+
+
+def test_a_callback_that_resumes_a_foreign_checkpoint_counts_from_zero(tmp_path: Path) -> None:
+    callback, model = CPNAPruning({"net.2.weight": 5}, schedule=OneShot(9)), Classifier()
+    trainer(callback).fit(Classifier(), data())
+    trainer(checkpoint(tmp_path), epochs=1, enable_checkpointing=True).fit(model, data())
+    with pytest.warns(UserWarning, match="there is no state of a CPNAPruning"):
+        trainer(callback, epochs=3).fit(model, data(), ckpt_path=tmp_path / "step=4.ckpt")
+    assert callback.state_dict()["step"] == 8
+    assert live_counts(model)["net.2.weight"] == 16
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_that_amp_skips_does_not_count(fused: bool) -> None:
     class Exploding(Classifier):
@@ -287,6 +320,42 @@ def test_manual_optimisation_counts_the_optimizer_that_owns_the_first_target() -
     assert second.state_dict()["step"] == 40
     assert live_counts(model) == {"net.2.weight": 5, "net.0.weight": 9}
     assert int((model.net[0].weight != 0).sum()) == 9
+
+
+@pytest.mark.parametrize("score", ["path", "magnitude"])
+def test_networks_that_train_in_turns_are_pruned_each_from_its_own_first_batch(score: Any) -> None:
+    class Adversaries(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.discriminator, self.generator = mlp(), nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 6))
+
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
+            optimizers: Any = self.optimizers()
+            optimizer = optimizers[batch_idx % 2]
+            optimizer.zero_grad()
+            made = self.generator(torch.randn(16, 3)) if batch_idx % 2 else batch[0]
+            self.manual_backward(self.discriminator(made).square().mean())
+            optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.Adam(net.parameters(), lr=1e-2) for net in (self.discriminator, self.generator)]
+
+    model = Adversaries()
+    callbacks = [
+        CPNAPruning({f"{net}.2.weight": n}, schedule=Annealing(2, 6), score=score, normalize=normalize, name=net)
+        for net, n, normalize in (("generator", 30, None), ("discriminator", 5, True))
+    ]
+    trainer(*callbacks).fit(model, data())
+    counts = live_counts(model)
+    assert (counts["generator.2.weight"], counts["discriminator.2.weight"]) == (30, 5)
+    assert [callback.state_dict()["step"] for callback in callbacks] == [10, 10]
+    layers = {layer.name: layer for layer in callbacks[0].report(model).layers}
+    units = int(torch.count_nonzero(weights(model)["generator.2.weight"], dim=0).count_nonzero())
+    assert int(torch.count_nonzero(weights(model)["generator.0.weight"], dim=1).count_nonzero()) == units, (
+        "dead units keep no inputs"
+    )
+    assert layers["generator.2.weight"].live_features == units
 
 
 def test_a_model_built_in_configure_model_is_pruned() -> None:
