@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch
+import pytest
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
@@ -103,3 +106,21 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 
 def checkpoint(folder: Path, **options: Any) -> pl.callbacks.ModelCheckpoint:
     return pl.callbacks.ModelCheckpoint(folder, save_top_k=-1, filename="{step}", **options)
+
+
+def tensorboard(folder: Path) -> Callable[..., Any]:
+    """Start a real TensorBoard on a folder; return a function that asks its plugins over HTTP."""
+    program = pytest.importorskip("tensorboard.program", reason="the extra 'examples' is not installed")
+    board = program.TensorBoard()
+    board.configure(argv=[None, "--logdir", str(folder), "--port", "0", "--host", "127.0.0.1", "--load_fast", "false"])
+    address = board.launch()
+
+    def ask(path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{address}data/plugin/{path}", data=data, headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            content = answer.read()
+            return json.loads(content) if "json" in answer.headers["Content-Type"] else content
+
+    return ask

@@ -13,6 +13,7 @@ pytest.importorskip("joblib", reason="the extra 'examples' is not installed")
 from examples.xor.__main__ import main, parse
 from examples.xor.problem import Phase, PhaseBatches, XORData
 from examples.xor.recipes import METHODS, PROBLEMS, callbacks, recipe
+from tests.helpers import tensorboard
 
 
 def test_labels_agree_with_the_signs_of_the_first_coordinates() -> None:
@@ -63,7 +64,19 @@ def test_the_command_writes_results_figures_and_tensorboard_runs(
     assert all(0 <= run["test_auc"] <= 100 and run["seconds"] > 0 for run in runs)
     pictures = {file.name for file in tmp_path.glob("*.png")}
     assert pictures == {"3d_p6_training.png", "3d_p6_connections.png", "3d_p6_connectivity_fsa_cpna.png"}
-    assert list((tmp_path / "tensorboard" / "3d_p6_fsa_cpna" / "seed_5").glob("events*"))
+    ask, run = tensorboard(tmp_path / "tensorboard"), "3d_p6_fsa_cpna/seed_5"
+    scalars = ask("scalars/tags")
+    assert set(scalars) == {"3d_p6_nn/seed_5", run}
+    assert {"auc/test", "auc/train", "loss/test", "hidden/connections", "input/at_target"} <= set(scalars[run])
+    last = {tag: ask(f"scalars/scalars?tag={tag}&run={run}")[-1][2] for tag in ("auc/test", "input/connections")}
+    assert last["auc/test"] == pytest.approx(runs[1]["test_auc"] / 100, abs=1e-4)
+    assert last["input/connections"] == 24
+    assert list(ask("images/tags")[run]) == ["feature/connectivity"]
+    picture = ask(f"images/images?tag=feature/connectivity&run={run}&sample=0")[0]
+    assert ask(f"images/individualImage?{picture['query']}").startswith(b"\x89PNG")
+    experiment = ask("hparams/experiment", {})
+    assert {"k", "p", "n", "hidden", "method", "seed"} == {info["name"] for info in experiment["hparamInfos"]}
+    assert {"final/auc_test", "final/auc_train"} == {info["name"]["tag"] for info in experiment["metricInfos"]}
     assert "FSA + CPNA" in capsys.readouterr().out
 
 

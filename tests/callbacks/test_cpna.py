@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import binary_auroc
 
 from lightning_cpna import Annealing, CPNAPruning, Cubic, Geometric, OneShot, Score, ScoreInputs, sparsity_of
-from tests.helpers import Classifier, SinglePrecision, data, trainer, weights
+from tests.helpers import Classifier, SinglePrecision, data, tensorboard, trainer, weights
 
 
 class Spy(pl.Callback):
@@ -253,8 +251,6 @@ def test_the_progress_bar_shows_the_remaining_connections() -> None:
 
 
 def test_a_real_tensorboard_serves_scalars_pictures_and_hyperparameters(tmp_path: Path) -> None:
-    program = pytest.importorskip("tensorboard.program", reason="the extra 'examples' is not installed")
-
     class Recorded(Classifier):
         def __init__(self) -> None:
             super().__init__()
@@ -265,25 +261,13 @@ def test_a_real_tensorboard_serves_scalars_pictures_and_hyperparameters(tmp_path
     trainer(callback, logger=logger, log_every_n_steps=1).fit(Recorded(), data())
     logger.log_hyperparams({"width": 16}, {"final/connections": 14})
     logger.finalize("success")
-    board = program.TensorBoard()
-    board.configure(
-        argv=[None, "--logdir", str(tmp_path), "--port", "0", "--host", "127.0.0.1", "--load_fast", "false"]
-    )
-    address = board.launch()
-
-    def ask(path: str) -> Any:
-        with urllib.request.urlopen(f"{address}data/plugin/{path}", timeout=30) as answer:
-            return json.loads(answer.read())
-
+    ask = tensorboard(tmp_path)
     scalars = ask("scalars/tags")["run"]
     assert {"cpna/connections", "cpna/at_target", "cpna/net.0.weight/threshold"} <= set(scalars)
     values = ask("scalars/scalars?tag=cpna/connections&run=run")
     assert values[-1][2] == 14
     assert list(ask("images/tags")["run"]) == ["cpna/connectivity"]
-    request = urllib.request.Request(f"{address}data/plugin/hparams/experiment", data=b"{}")
-    request.add_header("Content-Type", "application/json")
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        experiment = json.loads(answer.read())
+    experiment = ask("hparams/experiment", {})
     assert [info["name"] for info in experiment["hparamInfos"]] == ["width"]
     assert [info["name"]["tag"] for info in experiment["metricInfos"]] == ["final/connections"]
 
