@@ -10,9 +10,11 @@ import torch
 
 pytest.importorskip("joblib", reason="the extra 'examples' is not installed")
 
+from examples.xor import training
 from examples.xor.__main__ import main, parse
 from examples.xor.problem import Phase, PhaseBatches, XORData
 from examples.xor.recipes import METHODS, PROBLEMS, callbacks, recipe
+from examples.xor.training import Job, train
 from tests.helpers import tensorboard
 
 
@@ -78,6 +80,20 @@ def test_the_command_writes_results_figures_and_tensorboard_runs(
     assert {"k", "p", "n", "hidden", "method", "seed"} == {info["name"] for info in experiment["hparamInfos"]}
     assert {"final/auc_test", "final/auc_train"} == {info["name"]["tag"] for info in experiment["metricInfos"]}
     assert "FSA + CPNA" in capsys.readouterr().out
+
+
+def test_a_run_whose_features_do_not_explain_the_training_set_starts_anew_on_the_same_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(3, 6, 60, 64, "fsa_cpna", 5)
+    first = train(job, tmp_path)
+    monkeypatch.setattr(training, "ACCEPTED_AUC", 1.01)
+    monkeypatch.setattr(training, "MAX_TRIES", 2)
+    again = train(job, tmp_path)
+    assert (first.tries, again.tries) == (1, 2)
+    assert again.connections == {"net.0.weight": 3 * 64, "net.2.weight": 64}
+    runs = {folder.name for folder in (tmp_path / "tensorboard" / "3d_p6_fsa_cpna").iterdir()}
+    assert runs == {"seed_5", "seed_5_try_2"}
 
 
 @pytest.mark.parametrize(

@@ -101,10 +101,10 @@ def recipe(k: int, method: str) -> Recipe:
         ]
     if k == 4:
         return [
-            (Phase(60), None),
-            (Phase(50), features(k)),
-            (Phase(134, 1000), hidden(problem.n_hidden)),
-            *_tail(problem),
+            (pretraining, None),
+            (Phase(60), features(k)),
+            (Phase(268, 1000), hidden(problem.n_hidden)),
+            *_tail(problem, epochs=500),
         ]
     return [
         (Phase(60), None),

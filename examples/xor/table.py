@@ -22,7 +22,7 @@ PAPER = {
     5: {"nn": 66.24, "cpna_hidden": 80.03, "cpna_all": 96.83},
 }
 PAPER_SIZES = {3: 60, 4: 40, 5: 20}
-HEADER = ["problem", "method", "test AUC %", "best", "> 95", "paper", "connections", "s/run"]
+HEADER = ["problem", "method", "test AUC %", "best", "> 95", "paper", "connections", "tries", "s/run"]
 START, END = "<!-- results of examples.xor -->", "<!-- end of results -->"
 
 
@@ -49,6 +49,7 @@ def rows(results: list[dict[str, Any]]) -> list[list[str]]:
                 f"{sum(auc > 95 for auc in aucs)} of {len(aucs)}",
                 "" if paper is None else f"{paper:.2f}",
                 " / ".join(counts),
+                f"{statistics.mean(run['tries'] for run in runs):.1f}",
                 f"{statistics.mean(run['seconds'] for run in runs):.0f}",
             ]
         )

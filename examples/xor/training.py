@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 import warnings
@@ -13,12 +14,17 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
+from torchmetrics.functional.classification import binary_auroc
 
 from examples.xor.problem import Phases, XORDataModule, XORNet
 from examples.xor.recipes import HIDDEN, INPUT, callbacks, recipe
 from lightning_cpna import Connectivity, connectivity, sparsity_of, trace
 
 VALIDATIONS = 60  # chosen: enough points for a curve
+MAX_TRIES = 5  # chosen: one of a few dozen feature annealings fails
+# Chosen on seeds 200 to 229 of the 4-D problem: training AUC was 0.60 to 0.63 where the wrong features were left, 0.94 or
+# more where the right ones were.
+ACCEPTED_AUC = 0.85
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,8 @@ class Run:
         train_auc: Training AUC at the end, in percent.
         connections: Live connections by layer.
         live_features: Inputs with a live connection.
-        seconds: Wall time of the fit.
+        tries: How often the run began: it starts anew if it leaves features on which even the training set is not learned.
+        seconds: Wall time of the fits.
         history: The curves: one list of values for each name, ``step`` among them.
         boundaries: The steps at which the phases end.
         connectivity: What is connected to what in the end.
@@ -54,6 +61,7 @@ class Run:
     train_auc: float
     connections: dict[str, int]
     live_features: int
+    tries: int
     seconds: float
     history: dict[str, list[float]]
     boundaries: list[int]
@@ -67,6 +75,7 @@ class Run:
             "train_auc": round(self.train_auc, 4),
             "connections": self.connections,
             "live_features": self.live_features,
+            "tries": self.tries,
             "seconds": round(self.seconds, 2),
         }
 
@@ -103,8 +112,28 @@ class History(pl.Callback):
             self.curves.setdefault(name, []).append(value)
 
 
+class FeatureCheck(pl.Callback):
+    """Stops a run whose feature annealing left the wrong features, judged on the training set alone.
+
+    Args:
+        step: The optimizer step at which the feature annealing is over, or None if there is none.
+    """
+
+    def __init__(self, step: int | None) -> None:
+        self.step, self.failed = step, False
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Judge, once."""
+        if trainer.global_step == self.step:
+            data = trainer.datamodule.train  # type: ignore[attr-defined]
+            with torch.no_grad():
+                logits = pl_module(data.x.to(pl_module.device))
+            self.failed = bool(binary_auroc(logits, data.y.int().to(pl_module.device)) < ACCEPTED_AUC)
+            trainer.should_stop = self.failed
+
+
 def train(job: Job, out: Path, progress: np.ndarray[Any, Any] | None = None, index: int = 0) -> Run:
-    """Train a job.
+    """Train a job; start anew, from another initialisation on the same data, if its feature annealing failed.
 
     Args:
         job: What to train.
@@ -112,33 +141,37 @@ def train(job: Job, out: Path, progress: np.ndarray[Any, Any] | None = None, ind
         progress: A shared array of steps done.
         index: This run's element of it.
     """
-    for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    _silence()
     torch.set_num_threads(1)
-    pl.seed_everything(job.seed, verbose=False)
     steps = recipe(job.k, job.method)
     phases = [phase for phase, _ in steps]
-    data = XORDataModule(job.k, job.p, job.n, job.seed, phases)
-    module = XORNet(job.p, job.hidden, phases, job.n)
-    history = History(progress, index)
-    name = f"{job.k}d_p{job.p}_{job.method}"
-    logger = TensorBoardLogger(out / "tensorboard", name=name, version=f"seed_{job.seed}", default_hp_metric=False)
-    trainer = pl.Trainer(
-        max_epochs=1,
-        val_check_interval=max(1, len(data.batches) // VALIDATIONS),
-        log_every_n_steps=20,
-        accelerator="cuda" if torch.cuda.is_available() else "cpu",
-        devices=1,
-        logger=logger,
-        callbacks=[Phases(phases, job.n), *callbacks(steps, job.n), history],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    ends = list(itertools.accumulate(phase.steps(job.n) for phase in phases))
+    annealed = [pruning is not None and pruning.options.get("granularity") == "feature" for _, pruning in steps]
     started = time.perf_counter()
-    trainer.fit(module, data)
+    for tries in range(1, MAX_TRIES + 1):
+        pl.seed_everything(job.seed + 1_000_000 * (tries - 1), verbose=False)
+        data = XORDataModule(job.k, job.p, job.n, job.seed, phases)
+        module = XORNet(job.p, job.hidden, phases, job.n)
+        history, check = History(progress, index), FeatureCheck(ends[annealed.index(True)] if any(annealed) else None)
+        version = f"seed_{job.seed}" + (f"_try_{tries}" if tries > 1 else "")
+        logger = TensorBoardLogger(
+            out / "tensorboard", name=f"{job.k}d_p{job.p}_{job.method}", version=version, default_hp_metric=False
+        )
+        trainer = pl.Trainer(
+            max_epochs=1,
+            val_check_interval=max(1, len(data.batches) // VALIDATIONS),
+            log_every_n_steps=20,
+            accelerator="cuda" if torch.cuda.is_available() else "cpu",
+            devices=1,
+            logger=logger,
+            callbacks=[Phases(phases, job.n), *callbacks(steps, job.n), history, check],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, data)
+        if not check.failed:
+            break
     seconds = time.perf_counter() - started
     results: dict[str, float] = {}
     for metrics in trainer.validate(module, data, verbose=False):
@@ -157,8 +190,17 @@ def train(job: Job, out: Path, progress: np.ndarray[Any, Any] | None = None, ind
         train_auc=100 * results["auc/train"],
         connections={layer: len(weight) for layer, _, _, weight in chain.layers},
         live_features=len(set(inputs.tolist())),
+        tries=tries,
         seconds=seconds,
         history=history.curves,
-        boundaries=[sum(phase.steps(job.n) for phase in phases[: i + 1]) for i in range(len(phases))],
+        boundaries=ends,
         connectivity=chain,
     )
+
+
+def _silence() -> None:
+    for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*training ended with.*")  # of a run that starts anew
