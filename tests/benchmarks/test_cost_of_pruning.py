@@ -29,7 +29,7 @@ class StepTimer(pl.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         now = time.perf_counter()
         if trainer.global_step > self.skip:
-            self.times.append(now - self.last)
+            self.times.append(1e3 * (now - self.last))
         self.last = now
 
 
@@ -40,13 +40,13 @@ class PruneEveryStep(pl.callbacks.ModelPruning):
         self.apply_pruning(self.amount)  # type: ignore[arg-type]
 
 
-def milliseconds(net: nn.Module, n_features: int, callbacks: list[Any], steps: int, skip: int) -> float:
+def milliseconds(net: nn.Module, n_features: int, callbacks: list[Any], steps: int, skip: int) -> list[float]:
     x = torch.rand(12 * BATCH, n_features) * 2 - 1
     dataset = TensorDataset(x, (x[:, :3].prod(1, keepdim=True) > 0).float())
     loader = DataLoader(dataset, sampler=BatchSampler(RandomSampler(dataset), BATCH, drop_last=True), batch_size=None)
     timer = StepTimer(skip)
     trainer(*callbacks, timer, epochs=-1, max_steps=steps).fit(Classifier(net), loader)
-    return 1e3 * statistics.median(timer.times)
+    return timer.times
 
 
 def compare(
@@ -58,19 +58,24 @@ def compare(
     skip: int,
     rounds: int,
 ) -> dict[str, float]:
-    """Alternate the ways and return each one's median ratio to the first, which uses no callback."""
+    """Alternate the ways and return each one's ratio to the first, which uses no callback.
+
+    Of every step of the run the fastest round counts, so that what else the machine does is left out; the ratio is that
+    of the medians over the steps. The ratio of the means, which holds the rare steps that log, is printed beside it.
+    """
     torch.set_num_threads(1)
-    ratios: dict[str, list[float]] = {way: [] for way in ways}
+    rounds_of: dict[str, list[list[float]]] = {way: [] for way in ways}
     for _ in range(rounds):
-        times: dict[str, float] = {}
         for way, callbacks in ways.items():
             net = make()
-            times[way] = milliseconds(net, n_features, callbacks(net), steps, skip)
-            ratios[way].append(times[way] / times["no callback"])
-    medians = {way: statistics.median(values) for way, values in ratios.items()}
-    for way, median in medians.items():
-        print(f"{name:24} {way:34} {median:6.3f} x  (last round {times[way]:.2f} ms a step)")
-    return medians
+            rounds_of[way].append(milliseconds(net, n_features, callbacks(net), steps, skip))
+    fastest = {way: [min(times) for times in zip(*rounds_of[way], strict=True)] for way in ways}
+    base = fastest["no callback"]
+    ratios = {way: statistics.median(times) / statistics.median(base) for way, times in fastest.items()}
+    for way, times in fastest.items():
+        mean = statistics.mean(times) / statistics.mean(base)
+        print(f"{name:24} {way:34} {ratios[way]:6.3f} x (mean {mean:.3f} x, {statistics.median(times):.2f} ms a step)")
+    return ratios
 
 
 def wide() -> nn.Module:
@@ -103,8 +108,8 @@ def test_masks_that_are_fixed_cost_at_most_5_percent_of_a_step_of_ten_million_we
             *lightnings(pl.callbacks.ModelPruning, net, 2, amount=0.9),
         ],
     }
-    medians = compare("10M weights, fixed masks", large, 1024, ways, steps=20, skip=14, rounds=5)
-    assert medians["CPNAPruning"] <= 1.05
+    ratios = compare("10M weights, fixed masks", large, 1024, ways, steps=20, skip=14, rounds=5)
+    assert ratios["CPNAPruning"] <= 1.05
 
 
 def test_annealing_at_every_step_costs_at_most_15_percent_of_a_step_on_5d_xor() -> None:
@@ -125,6 +130,7 @@ def test_annealing_at_every_step_costs_at_most_15_percent_of_a_step_on_5d_xor() 
         "ModelPruning, hidden, every step": lambda net: lightnings(PruneEveryStep, net, 2, amount=8),
         "ModelPruning, input, every step": lambda net: lightnings(PruneEveryStep, net, 0, amount=180),
     }
-    medians = compare("5-D XOR, every step", wide, 20, ways, steps=steps, skip=10, rounds=5)
-    assert medians["CPNAPruning, hidden, normalised"] <= 1.15
-    assert medians["CPNAPruning, input, path"] <= 1.15
+    ratios = compare("5-D XOR, every step", wide, 20, ways, steps=steps, skip=10, rounds=5)
+    assert ratios["CPNAPruning, hidden, normalised"] <= 1.15
+    assert ratios["CPNAPruning, input, path"] <= 1.15
+    assert ratios["CPNAPruning, input, group-aware"] <= 1.15
