@@ -55,7 +55,7 @@ class Graph(Mapping[str, Layer]):
             (consumer, producer)
             for (consumer, producer), (_, units) in self._columns.items()
             if len(units) == len(self[producer].units) == len(self[consumer].sources)
-            and torch.equal(units, torch.arange(len(units)))
+            and torch.equal(units, torch.arange(len(units), device=units.device))
         }
 
     def __getitem__(self, name: str) -> Layer:

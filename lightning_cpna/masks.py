@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -59,15 +60,15 @@ def keep_top_rows(rows: Tensor, n: int) -> tuple[Tensor, float]:
     Returns:
         Bool tensor ``(member, cell)``, and the lowest score that stays.
     """
+    if math.isnan(float(rows.numpy().max() if rows.is_cpu else rows.max())):
+        n_nan = int(torch.isnan(rows).sum())
+        raise ValueError(f"scores: {n_nan} of {rows.numel()} are NaN; pruning would be arbitrary")
     if n == 0:
         return torch.zeros_like(rows, dtype=torch.bool), torch.inf
     keep, threshold = _at_least_the_nth(rows, n)
     lowest = float(threshold.min())
     if count_true(keep) == n * len(rows) and lowest > -torch.inf:
         return keep, lowest
-    if bool(torch.isnan(rows).any()):
-        n_nan = int(torch.isnan(rows).sum())
-        raise ValueError(f"scores: {n_nan} of {rows.numel()} are NaN; pruning would be arbitrary")
     alive, above, tied = rows > -torch.inf, rows > threshold, rows == threshold
     wanted = alive.sum(1, keepdim=True).clamp(max=n)
     keep = above | (tied & alive & (tied.cumsum(1) <= wanted - above.sum(1, keepdim=True)))
@@ -126,8 +127,19 @@ class Mask:
         return self._live_cells
 
     def remove_(self, where: Tensor) -> int:
-        """Remove connections (bool, of the parameter's shape) for good; return how many live ones that took."""
-        cells = cells_of(where)
+        """Remove connections (bool, of the parameter's shape) for good; return how many live ones that took.
+
+        Raises:
+            ValueError: If the shape is another one.
+        """
+        if where.shape != self.dead.shape:
+            raise ValueError(
+                f"where has shape {tuple(where.shape)}; allowed is the parameter's, {tuple(self.dead.shape)}"
+            )
+        return self.remove_cells_(cells_of(where))
+
+    def remove_cells_(self, cells: Tensor) -> int:
+        """Remove connections (cells of the flattened parameter, each once) for good; return as ``remove_``."""
         return self._remove(cells, n=len(cells) - count_true(self.dead.flatten()[cells]))
 
     def keep_(self, keep: Tensor) -> Tensor:
@@ -148,8 +160,10 @@ class Mask:
         self.n_live -= n
         fill_cells_(self.removed, cells, True)
         fill_cells_(self.dead, cells, True)
-        if self._bits is not None:
+        if self._bits is not None and self._bits.device == cells.device:
             fill_cells_(self._bits, cells, 0)
+        else:
+            self._bits = None
         self._live_cells = None
         self.version += 1
         return n

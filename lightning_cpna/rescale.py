@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_cpna.graph import Graph
 from lightning_cpna.moments import optimizer_of, reset_moments_, scale_moments_
 from lightning_cpna.targets import all_targets, canonical_name
-from lightning_cpna.tracing import Call, float64_copy, widen
+from lightning_cpna.tracing import Call, Calls, float64_copy, widen
 
 Moments = Literal["keep", "transform", "reset"]
 
@@ -29,7 +29,7 @@ def rescalable(graph: Graph, names: Iterable[str]) -> list[str]:
     for name in names:
         if name not in graph:
             raise ValueError(
-                f"normalize: {name!r} is no Linear or Conv weight that ran on the first training batch; "
+                f"normalize: {name!r} is no Linear or Conv weight that ran on a training batch; "
                 f"{_ways_out(graph, name)}"
             )
         feeding = graph.feeding(name)
@@ -91,7 +91,7 @@ def rescale_(
     for name in sorted(producers, key=list(graph).index):
         layer = graph[name]
         norm = graph.incoming_norm(name, tensors)  # (member, unit)
-        norm.masked_fill_(norm <= torch.finfo(norm.dtype).tiny, 1.0)
+        norm.masked_fill_(~(norm > torch.finfo(norm.dtype).tiny), 1.0)
         inverse = norm.reciprocal()
         scales = [(name, layer.axes.view(tensors[name]), 1, inverse)]
         if layer.bias is not None:
@@ -129,7 +129,7 @@ def _follow(
     scale_moments_(optimizer, parameter, scale)
 
 
-def verify_rescaling(module: nn.Module, calls: Mapping[str, Call], graph: Graph, producers: list[str]) -> None:
+def verify_rescaling(module: nn.Module, calls: Calls, graph: Graph, producers: list[str]) -> None:
     """Rescale a float64 copy and compare its outputs on real inputs.
 
     Args:
@@ -143,10 +143,10 @@ def verify_rescaling(module: nn.Module, calls: Mapping[str, Call], graph: Graph,
     """
     with float64_copy(module) as twin:
         torch.manual_seed(0)
-        before = [leaf for call in calls.items() for leaf in _outputs(twin, *call)]
+        before = [leaf for call in calls for leaf in _outputs(twin, *call)]
         rescale_({name: target.parameter for name, target in all_targets(twin).items()}, graph, producers)
         torch.manual_seed(0)
-        after = [leaf for call in calls.items() for leaf in _outputs(twin, *call)]
+        after = [leaf for call in calls for leaf in _outputs(twin, *call)]
     for old, new in zip(before, after, strict=True):
         difference = float((new - old).abs().max() / old.abs().max().clamp(min=torch.finfo(old.dtype).tiny))
         if not difference <= 1e-9:

@@ -52,9 +52,14 @@ class Score:
             raise ValueError(f"exponent is {self.exponent} with kind={self.kind!r}; allowed is 0, or kind='path'")
 
     def check(self, inputs: ScoreInputs) -> None:
-        """Raise what ``__call__`` would raise because the graph does not know the neighbours of the weight."""
+        """Raise if the weight cannot be scored so: its neighbours are not known, or its columns are no features."""
         if self.kind in ("path", "normalized"):
             inputs.traced(self.kind)
+        if self.exponent and inputs.target.axes.groups > 1:
+            raise ValueError(
+                f"exponent is {self.exponent}, but {inputs.target.name!r} is grouped, so that a column of it is several "
+                "features; allowed is 0"
+            )
 
     def __call__(self, inputs: ScoreInputs) -> Tensor:
         """Score the connections of one weight.
@@ -188,7 +193,7 @@ def group_norm(scores: Tensor, granularity: Granularity) -> Tensor:
 def ungroup(keep: Tensor, granularity: Granularity, like: Tensor) -> Tensor:
     """Spread what ``group_norm`` grouped back to connections, in the shape of ``like`` ``(member, unit, input, *kernel)``."""
     if granularity == "connection":
-        return keep
+        return keep.view(like.shape)
     shape = [1] * like.ndim
     shape[0], shape[2 if granularity == "feature" else 1] = keep.shape
     return keep.view(shape).expand(like.shape)

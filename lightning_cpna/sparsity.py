@@ -17,9 +17,9 @@ from lightning_cpna.graph import Graph
 from lightning_cpna.masks import Mask, Masks, keep_top_rows
 from lightning_cpna.moments import optimizer_of, zero_moments_
 from lightning_cpna.report import SparsityReport, feeds_something, live_mask, sparsity_report
-from lightning_cpna.scores import Granularity, ScoreFunction, ScoreInputs, any_in_group, group_norm, ungroup
+from lightning_cpna.scores import Granularity, Score, ScoreFunction, ScoreInputs, any_in_group, group_norm, ungroup
 from lightning_cpna.targets import Target, all_targets, n_keep, resolve
-from lightning_cpna.tracing import Call
+from lightning_cpna.tracing import Calls
 
 Scope = Literal["layer", "shared"]
 
@@ -72,7 +72,7 @@ class Sparsity:
         self.targets: dict[str, Target] = {}
         self.masks = Masks()
         self.graph: Graph | None = None
-        self.calls: Mapping[str, Call] = {}
+        self.calls: Calls = []
         self.untraced: str | None = None
         self.budgets: list[Budget] = []
         self._known: dict[
@@ -209,10 +209,14 @@ class Sparsity:
         self, name: str, granularity: Granularity, score: ScoreFunction, generator: torch.Generator
     ) -> Tensor:
         """Score what may go, ``(member, candidate)``; ``-inf`` marks what went before."""
-        target, mask = self.targets[name], self.masks[name]
+        target = self.targets[name]
+        self.masks.add(name, target.parameter)
+        mask = self.masks[name]
         scores = score(ScoreInputs(target, self.tensors, self.graph, generator))
         dead = target.axes.view(mask.dead)  # (member, unit, input, *kernel)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).expand(dead.shape)
+        if not isinstance(score, Score):  # a function may answer -inf, which must not mean that a connection is dead
+            scores = scores.clamp(min=torch.finfo(scores.dtype).min)
         if self._is_listed(name, granularity):
             return scores.reshape(1, -1).index_select(1, mask.live_cells)
         if granularity == "connection":
@@ -226,7 +230,8 @@ class Sparsity:
             return keep_top_rows(scores[0], n)
         rows, sizes = torch.cat(scores, dim=1), [candidates.shape[1] for candidates in scores]
         keep, lowest = keep_top_rows(rows, n)
-        empty = [i for i, part in enumerate(torch.split(keep, sizes, dim=1)) if not bool(part.any(1).all())]
+        parts = zip(torch.split(keep, sizes, dim=1), torch.split(rows > -torch.inf, sizes, dim=1), strict=True)
+        empty = [i for i, (kept, live) in enumerate(parts) if bool((live.any(1) & ~kept.any(1)).any())]
         if not empty:
             return keep, lowest
         names = ", ".join(budget.names[i] for i in empty)
@@ -235,7 +240,7 @@ class Sparsity:
             stacklevel=4,
         )
         floored = rows.clone()
-        for part in torch.split(floored, sizes, dim=1):
+        for part in (part for part in torch.split(floored, sizes, dim=1) if part.numel()):
             best = part.max(dim=1, keepdim=True)
             part.scatter_(1, best.indices, torch.where(best.values.isneginf(), best.values, torch.inf))
         keep, _ = keep_top_rows(floored, n)
@@ -247,7 +252,7 @@ class Sparsity:
         """Remove groups of connections, bool ``(member, group)``."""
         where = torch.empty_like(self.masks[name].dead)
         view = self.targets[name].axes.view(where)  # (member, unit, input, *kernel)
-        view.copy_(gone.view(view.shape) if granularity == "connection" else ungroup(gone, granularity, view))
+        view.copy_(ungroup(gone, granularity, view))
         if granularity == "unit":
             self._remove_outgoing_(name, gone, optimizers)
         self.remove_(name, where, optimizers)
@@ -286,12 +291,13 @@ class Sparsity:
 
         Args:
             name: The parameter.
-            where: Which connections, bool of the parameter's shape.
+            where: Which connections, bool of the parameter's shape (or one that expands to it).
             optimizers: Whose moments of them are set to zero.
         """
         self.masks.add(name, self.targets[name].parameter)
-        self.masks[name].remove_(where)
-        self._zero_(name, cells_of(where), optimizers)
+        cells = cells_of(where.expand(self.masks[name].dead.shape))
+        self.masks[name].remove_cells_(cells)
+        self._zero_(name, cells, optimizers)
 
     def _zero_(self, name: str, cells: Tensor, optimizers: Iterable[Optimizer]) -> None:
         parameter = self.targets[name].parameter

@@ -80,7 +80,7 @@ def axes_of(module: nn.Module, local_name: str) -> Axes:
         return Axes(unit=0, input=None)
     if isinstance(module, _ConvTransposeNd):
         return Axes(unit=1, input=0)
-    return Axes(groups=module.groups) if isinstance(module, _ConvNd) else Axes()
+    return Axes(groups=module.groups) if isinstance(module, _ConvNd) and local_name == "weight" else Axes()
 
 
 def all_targets(module: nn.Module) -> dict[str, Target]:

@@ -8,7 +8,7 @@ activation reaches the next layer its labels say which unit feeds which column, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,8 @@ from lightning_cpna.targets import all_targets, canonical_name
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and keyword arguments of a module's forward."""
+Calls = Sequence[tuple[str, Call]]
+"""Calls of submodules, by name; ``""`` is the module itself."""
 
 _LAYERS = {"linear": None, "conv1d": 1, "conv2d": 2, "conv3d": 3}
 # f(c * x) = c * f(x) for c > 0, element by element (dropout is the identity in eval mode).
@@ -64,17 +66,17 @@ def trace(module: nn.Module, *args: Any, **kwargs: Any) -> Graph:
         >>> graph["2.weight"].sources, graph["0.weight"].obstacles
         (tensor([0, 1, 2, 3]), [])
     """
-    return trace_calls(module, {"": (args, kwargs)})
+    return trace_calls(module, [("", (args, kwargs))])
 
 
-def trace_calls(module: nn.Module, calls: Mapping[str, Call]) -> Graph:
-    """Trace calls of submodules (by name, ``""`` for the module itself) that together make up a network.
+def trace_calls(module: nn.Module, calls: Calls) -> Graph:
+    """Trace calls of submodules that together make up a network.
 
     A float argument that requires a gradient was computed by another call, so it is not known what feeds its reader.
     """
     with float64_copy(module) as twin:
         builder = _Builder(twin)
-        for prefix, call in calls.items():
+        for prefix, call in calls:
             path = canonical_name(prefix)
             builder.run(twin.get_submodule(path), path, call)
     return builder.graph()
@@ -154,8 +156,8 @@ class _Builder(TorchFunctionMode):
         self._n_units = 0
         self._obstacles: dict[str, list[str]] = {}
         self._lost: dict[str, str] = {}
-        self._outputs: set[str] = set()
-        self._split: list[str] = []  # why it is not known what a call's output feeds
+        self._outputs: dict[str, set[str]] = {}  # the calls whose outputs a layer's units reach
+        self._split: list[tuple[str, str]] = []  # calls that are fed by others, and why it is not known by which
 
     def run(self, region: nn.Module, prefix: str, call: Call) -> None:
         """Run a module under observation."""
@@ -163,6 +165,7 @@ class _Builder(TorchFunctionMode):
         self._flows: dict[int, _Flow] = {}
         self._alive: list[Any] = []  # keeps every tensor, so that no id is used twice
         self._stack: list[str] = []
+        self._seen: set[str] = set()  # the layers of this call
         for name, child in region.named_modules():
             title = f"{type(child).__name__} {'.'.join(filter(None, (prefix, name)))!r}"
             child.register_forward_pre_hook(lambda *_, title=title: self._stack.append(title))
@@ -171,18 +174,19 @@ class _Builder(TorchFunctionMode):
             if isinstance(given, Tensor) and given.requires_grad:
                 reason = f"{prefix!r} is called by itself, with what another call computed: put both into one forward"
                 self._flows[id(wide)] = _Flow(None, frozenset(), reason)
-                self._split.append(reason)
+                self._split.append((prefix, reason))
                 self._alive.append(wide)
         with self:
             output = region(*args, **kwargs)
         for leaf in tree_leaves(_plain(output)):
             if (flow := self._flows.get(id(leaf))) is not None:
-                self._outputs |= flow.layers
+                for layer in flow.layers:
+                    self._outputs.setdefault(layer, set()).add(prefix)
 
     def graph(self) -> Graph:
         """Return what was seen."""
-        for name in self._outputs if self._split else ():
-            self._lose([name], self._split[0])
+        for fed, reason in self._split:
+            self._lose([name for name, calls in self._outputs.items() if calls != {fed}], reason)
         for name, layer in self._layers.items():
             unread = not any(owned(other.sources, layer).any() for other in self._layers.values())
             layer.is_output = name in self._outputs or (unread and name not in self._lost)
@@ -243,14 +247,10 @@ class _Builder(TorchFunctionMode):
         dimension = -1 if kind == "linear" else -1 - int(_LAYERS[kind] or 0)
         flow = self._flows.get(id(input))
         groups = options.get("groups", rest[3] if len(rest) > 3 else 1)
-        if name in self._layers:
-            reason = f"{name!r} is used more than once"
-            feeding = [other for other, layer in self._layers.items() if owned(self._layers[name].sources, layer).any()]
-            self._block([name, *feeding, *(flow.layers if flow else ())], reason)
-            self._lose([name, *feeding, *(flow.layers if flow else ())], reason)
+        earlier = self._layers.get(name)
         n_units = out.shape[dimension]
-        if name in self._layers:
-            units = self._layers[name].units
+        if earlier is not None:
+            units = earlier.units
         else:
             units = range(self._n_units, self._n_units + n_units)
             self._n_units += n_units
@@ -265,8 +265,16 @@ class _Builder(TorchFunctionMode):
                 self._block(flow.layers, unknown)
                 self._lose(flow.layers, unknown)
         bias_name = None if bias is None else self._names[id(bias)][0]
-        if name in self._layers and not torch.equal(sources, self._layers[name].sources):
-            sources, unknown = torch.full_like(sources, -1), f"{name!r} is used more than once"
+        if earlier is not None:
+            differs = not torch.equal(sources, earlier.sources)
+            if differs or bias_name != earlier.bias or name in self._seen:
+                reason = f"{name!r} is used more than once"
+                feeding = [other for other, layer in self._layers.items() if owned(earlier.sources, layer).any()]
+                self._block([name, *feeding, *(flow.layers if flow else ())], reason)
+                self._lose([name, *feeding, *(flow.layers if flow else ())], reason)
+                unknown = reason if differs else unknown
+            sources, unknown = torch.full_like(sources, -1) if differs else sources, unknown or earlier.unknown_source
+        self._seen.add(name)
         self._layers[name] = Layer(name, bias_name, axes, units, sources, unknown)
         shape = [1] * out.ndim
         shape[dimension] = n_units

@@ -170,7 +170,7 @@ def test_verifying_passes_and_leaves_the_module_as_it_is(name: str) -> None:
     case, x, graph = prepared(name)
     case.net.float().train()
     before = copy.deepcopy(case.net.state_dict())
-    verify_rescaling(case.net, {"": ((x.float(),), {})}, graph, case.producers)
+    verify_rescaling(case.net, [("", ((x.float(),), {}))], graph, case.producers)
     assert all(torch.equal(value, before[key]) for key, value in case.net.state_dict().items())
     assert case.net.training
 
@@ -429,7 +429,7 @@ def test_verifying_catches_a_reader_that_the_trace_cannot_see() -> None:
     graph = trace(net, x)
     assert rescalable(graph, ["b.weight"]) == ["a.weight"]
     with pytest.raises(ValueError, match=r"rescaling the units of a\.weight changes the network's output") as error:
-        verify_rescaling(net, {"": ((x,), {})}, graph, ["a.weight"])
+        verify_rescaling(net, [("", ((x,), {}))], graph, ["a.weight"])
     assert "normalize=False" in str(error.value)
     assert "score='normalized'" in str(error.value)
 
@@ -439,7 +439,7 @@ def test_verifying_passes_for_a_module_that_keeps_its_activations() -> None:
     net.register_buffer("last", net["net"](x), persistent=False)
     graph = trace(mlp(4, 5, 3), x)
     renamed = [Layer(f"net.{n}", f"net.{y.bias}", y.axes, y.units, y.sources) for n, y in graph.items()]
-    verify_rescaling(net, {"net": ((x,), {})}, Graph(renamed), ["net.0.weight"])
+    verify_rescaling(net, [("net", ((x,), {}))], Graph(renamed), ["net.0.weight"])
 
 
 def test_verifying_catches_an_output_that_was_exactly_zero_before() -> None:
@@ -453,7 +453,7 @@ def test_verifying_catches_an_output_that_was_exactly_zero_before() -> None:
     x = torch.randn(6, 4)
     assert int(outputs(net, x)[0].count_nonzero()) == 0
     with pytest.raises(ValueError, match="changes the network's output"):
-        verify_rescaling(net, {"": ((x,), {})}, trace(net, x), ["a.weight"])
+        verify_rescaling(net, [("", ((x,), {}))], trace(net, x), ["a.weight"])
 
 
 def test_verifying_passes_where_zeros_stay_zeros() -> None:
@@ -461,7 +461,7 @@ def test_verifying_passes_where_zeros_stay_zeros() -> None:
     torch.nn.init.zeros_(net.get_parameter("2.weight"))
     torch.nn.init.zeros_(net.get_parameter("2.bias"))
     x = torch.randn(6, 4)
-    verify_rescaling(net, {"": ((x,), {})}, trace(net, x), ["0.weight"])
+    verify_rescaling(net, [("", ((x,), {}))], trace(net, x), ["0.weight"])
 
 
 @pytest.mark.parametrize("sources", [[1, 2, 3, 4, 0], [0, 1, 2, 3, -1], [0, 0, 0, 0, 0]])
@@ -470,13 +470,13 @@ def test_verifying_catches_a_graph_with_one_wrong_wire(sources: list[int]) -> No
     first, last = trace(net, x).values()
     last.sources = torch.tensor(sources)
     with pytest.raises(ValueError, match="more than 1e-9"):
-        verify_rescaling(net, {"": ((x,), {})}, Graph([first, last]), ["0.weight"])
+        verify_rescaling(net, [("", ((x,), {}))], Graph([first, last]), ["0.weight"])
 
 
 def test_verifying_catches_an_activation_that_is_not_homogeneous() -> None:
     net, x = mlp(4, 5, 3, activation=nn.SiLU), torch.randn(6, 4)
     with pytest.raises(ValueError, match="more than 1e-9"):
-        verify_rescaling(net, {"": ((x,), {})}, trace(net, x), ["0.weight"])
+        verify_rescaling(net, [("", ((x,), {}))], trace(net, x), ["0.weight"])
 
 
 def test_verifying_compares_the_calls_of_the_parts_that_were_traced() -> None:
@@ -488,6 +488,18 @@ def test_verifying_compares_the_calls_of_the_parts_that_were_traced() -> None:
         for part, graph in [("good", good), ("bad", bad)]
         for layer in graph.values()
     ]
-    verify_rescaling(net, {"good": ((x,), {}), "bad": ((x,), {})}, Graph(renamed[:2]), ["good.0.weight"])
+    verify_rescaling(net, [("good", ((x,), {})), ("bad", ((x,), {}))], Graph(renamed[:2]), ["good.0.weight"])
     with pytest.raises(ValueError, match=r"bad\.0\.weight"):
-        verify_rescaling(net, {"good": ((x,), {}), "bad": ((x,), {})}, Graph(renamed[2:]), ["bad.0.weight"])
+        verify_rescaling(net, [("good", ((x,), {})), ("bad", ((x,), {}))], Graph(renamed[2:]), ["bad.0.weight"])
+
+
+def test_a_unit_whose_norm_is_nan_is_skipped() -> None:
+    first, last = nn.Linear(3, 4), nn.Linear(4, 2)
+    net = nn.Sequential(first, nn.ReLU(), last)
+    graph = trace(net, torch.zeros(2, 3))
+    first.weight.data[1, 0] = torch.nan
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    rescale_(dict(net.named_parameters()), graph, ["0.weight"])
+    assert torch.equal(last.weight[:, 1], before["2.weight"][:, 1])
+    assert first.bias[1] == before["0.bias"][1]
+    torch.testing.assert_close(first.weight.norm(dim=1)[[0, 2, 3]], torch.ones(3))

@@ -361,3 +361,12 @@ def test_a_function_can_be_a_score_and_sees_the_same_numbers() -> None:
     assert torch.equal(inputs.weight[0], inputs.target.parameter.detach())
     assert inputs.outgoing_norm.tolist()[0] == pytest.approx(brute_outgoing(case, "2.weight", 0))
     assert inputs.feeding_norm.tolist()[0] == pytest.approx(brute_feeding(case, "2.weight", 0))
+
+
+def test_the_group_aware_exponent_of_a_grouped_convolution_is_refused() -> None:
+    net = nn.Sequential(nn.Conv1d(4, 4, 1, groups=2))
+    graph = trace(net, torch.zeros(2, 4, 3))
+    inputs = ScoreInputs(all_targets(net)["0.weight"], {}, graph, torch.Generator())
+    Score("path").check(inputs)
+    with pytest.raises(ValueError, match=r"exponent is 2\.0, but '0\.weight' is grouped"):
+        Score("path", exponent=2.0).check(inputs)

@@ -614,3 +614,35 @@ def test_features_of_a_grouped_convolution_are_refused() -> None:
     net = nn.Conv1d(4, 4, 3, groups=2)
     with pytest.raises(ValueError, match="granularity='feature': 'weight' is grouped"):
         Sparsity(net).add_budgets(net, {"weight": 1}, granularity="feature")
+
+
+def test_a_shared_budget_passes_over_a_layer_in_which_nothing_lives() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    sparsity = Sparsity(net)
+    [budget] = sparsity.add_budgets(net, {"*.weight": 6}, scope="shared")
+    sparsity.remove_("2.weight", torch.tensor(True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sparsity.prune_(budget, 6, Score("magnitude"))
+    assert [mask.n_live for mask in sparsity.masks.values()] == [6, 0]
+
+
+def test_a_score_of_minus_infinity_goes_first_but_the_count_is_exact() -> None:
+    net = nn.Linear(6, 1, bias=False)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[0.0, 3.0, 0.0, 1.0, 0.0, 0.0]]))
+    sparsity = Sparsity(net)
+    [budget] = sparsity.add_budgets(net, {"weight": 4})
+    sparsity.prune_(budget, 4, lambda inputs: inputs.weight.abs().log())
+    assert sparsity.masks["weight"].live.tolist() == [[True, True, True, True, False, False]]
+
+
+def test_a_mask_that_stayed_on_another_device_follows_its_parameter() -> None:
+    net = nn.Linear(3, 2, bias=False)
+    sparsity = Sparsity(net)
+    [budget] = sparsity.add_budgets(net, {"weight": 2})
+    mask = sparsity.masks["weight"]
+    moved: list[torch.device] = []
+    mask.to_ = moved.append  # type: ignore[method-assign, assignment]
+    sparsity.prune_(budget, 2, Score("magnitude"))
+    assert moved == [net.weight.device]

@@ -413,7 +413,7 @@ def test_calls_of_two_parts_make_one_graph_with_full_names() -> None:
             "right": nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 1)),
         }
     )
-    graph = trace_calls(net, {"left": ((ROWS,), {}), "right": ((torch.randn(5, 2),), {})})
+    graph = trace_calls(net, [("left", ((ROWS,), {})), ("right", ((torch.randn(5, 2),), {}))])
     assert sources(graph) == {
         "left.0.weight": [-1] * 3,
         "left.2.weight": [0, 1, 2, 3],
@@ -429,7 +429,7 @@ def test_a_weight_that_two_calls_share_goes_by_its_first_name_and_is_used_more_t
     encoder, decoder = nn.Linear(3, 4), nn.Linear(3, 4)
     decoder.weight = encoder.weight
     net = nn.ModuleDict({"encoder": encoder, "decoder": decoder})
-    graph = trace_calls(net, {"encoder": ((ROWS,), {}), "decoder": ((ROWS,), {})})
+    graph = trace_calls(net, [("encoder", ((ROWS,), {})), ("decoder", ((ROWS,), {}))])
     assert list(graph) == ["encoder.weight"]
     assert graph["encoder.weight"].lost == "'encoder.weight' is used more than once"
 
@@ -472,7 +472,7 @@ class Remembering(nn.Module):
 def test_a_module_that_keeps_its_activations_is_traced_all_the_same(prefix: str) -> None:
     module = Remembering()
     module(ROWS)  # what it keeps has a gradient function, so that it cannot simply be copied
-    graph = trace_calls(module, {prefix: ((ROWS,), {})})
+    graph = trace_calls(module, [(prefix, ((ROWS,), {}))])
     assert sources(graph) == {"net.0.weight": [-1] * 3, "net.2.weight": [0, 1, 2, 3]}
     assert len(module.seen) == 1
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("joblib", reason="the extra 'examples' is not installed")
 
 from examples.xor import training
 from examples.xor.__main__ import main, parse
-from examples.xor.problem import Phase, PhaseBatches, XORData
+from examples.xor.problem import Phase, PhaseBatches, XORData, XORNet
 from examples.xor.recipes import METHODS, PROBLEMS, callbacks, recipe
 from examples.xor.training import Job, train
 from tests.helpers import tensorboard
@@ -85,15 +86,25 @@ def test_the_command_writes_results_figures_and_tensorboard_runs(
 def test_a_run_whose_features_do_not_explain_the_training_set_starts_anew_on_the_same_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    starts: list[tuple[Tensor, Tensor]] = []
+
+    class Spied(XORNet):
+        def on_fit_start(self) -> None:
+            starts.append((self.trainer.datamodule.train.x, self.net[0].weight.detach().clone()))  # type: ignore
+
+    monkeypatch.setattr(training, "XORNet", Spied)
     job = Job(3, 6, 60, 64, "fsa_cpna", 5)
     first = train(job, tmp_path)
     monkeypatch.setattr(training, "ACCEPTED_AUC", 1.01)
     monkeypatch.setattr(training, "MAX_TRIES", 2)
     again = train(job, tmp_path)
     assert (first.tries, again.tries) == (1, 2)
-    assert again.connections == {"net.0.weight": 3 * 64, "net.2.weight": 64}
+    assert again.connections == {"net.0.weight": 24, "net.2.weight": 12}, "the last try is not judged"
+    assert all(torch.equal(x, starts[0][0]) for x, _ in starts)
+    assert torch.equal(starts[0][1], starts[1][1])
+    assert not torch.equal(starts[1][1], starts[2][1])
     runs = {folder.name for folder in (tmp_path / "tensorboard" / "3d_p6_fsa_cpna").iterdir()}
-    assert runs == {"seed_5", "seed_5_try_2"}
+    assert runs == {"seed_5", "seed_5_failed_1"}
 
 
 @pytest.mark.parametrize(

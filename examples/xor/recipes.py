@@ -69,7 +69,7 @@ def recipe(k: int, method: str) -> Recipe:
     annealing = {
         3: Phase(600, None),
         4: Phase(600, None, weight_decay=2e-3),
-        5: Phase(200, lr=3e-3),
+        5: Phase(600, None, weight_decay=1.5e-3),
     }[k]
     if method == "nn":
         return [(Phase(200), None)]

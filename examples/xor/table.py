@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -49,7 +50,7 @@ def rows(results: list[dict[str, Any]]) -> list[list[str]]:
                 f"{sum(auc > 95 for auc in aucs)} of {len(aucs)}",
                 "" if paper is None else f"{paper:.2f}",
                 " / ".join(counts),
-                f"{statistics.mean(run['tries'] for run in runs):.1f}",
+                "" if (tries := statistics.mean(run["tries"] for run in runs)) == 1 else f"{tries:.1f}",
                 f"{statistics.mean(run['seconds'] for run in runs):.0f}",
             ]
         )
@@ -57,15 +58,18 @@ def rows(results: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def rich_tables(results: list[dict[str, Any]]) -> list[Table]:
-    """Return a table for each problem, narrow enough for a terminal of 80 columns."""
-    tables: dict[str, Table] = {}
-    for problem, *values in rows(results):
-        if problem not in tables:
-            tables[problem] = Table(title=problem, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-            for position, title in enumerate(HEADER[1:]):
-                tables[problem].add_column(title, justify="right" if position else "left", no_wrap=True)
-        tables[problem].add_row(*values)
-    return list(tables.values())
+    """Return a table for each problem, narrow enough for a terminal of 80 columns; columns with nothing are left out."""
+    tables = []
+    for problem, group in itertools.groupby(rows(results), key=lambda row: row[0]):
+        lines = list(group)
+        table = Table(title=problem, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+        used = [column for column in range(1, len(HEADER)) if any(line[column] for line in lines)]
+        for column in used:
+            table.add_column(HEADER[column], justify="right" if column > 1 else "left", no_wrap=True)
+        for line in lines:
+            table.add_row(*(line[column] for column in used))
+        tables.append(table)
+    return tables
 
 
 def markdown(results: list[dict[str, Any]]) -> str:

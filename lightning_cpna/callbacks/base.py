@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_cpna._lightning import Callback, LightningModule, Trainer
-from lightning_cpna.callbacks.capture import Capture, few_rows, outermost
+from lightning_cpna.callbacks.capture import Capture, few_rows
 from lightning_cpna.cells import cells_of, pack, unpack
 from lightning_cpna.moments import is_elementwise, optimizer_of, zero_moments_
 from lightning_cpna.report import SparsityReport
@@ -30,6 +30,7 @@ class Fit:
 
     Attributes:
         trainer: The trainer.
+        module: What it trains.
         sparsity: The module's masks, shared by all callbacks.
         budgets: The budgets of this callback.
         leads: Whether this is the first of our callbacks, which does what is done once.
@@ -42,6 +43,7 @@ class Fit:
     """
 
     trainer: Trainer
+    module: LightningModule
     sparsity: Sparsity
     budgets: list[Budget]
     leads: bool
@@ -92,8 +94,8 @@ class SparsityCallback(Callback):
         """What should remain? Asked when a fit starts."""
         raise NotImplementedError
 
-    def _plan(self, fit: Fit, pl_module: LightningModule) -> None:
-        """What will be done when? Asked once the targets have run, when it is known which layer feeds which."""
+    def _plan(self, fit: Fit) -> None:
+        """What will be done when? Asked once the targets have run, and again when more of the network was seen."""
         raise NotImplementedError
 
     def _after_step(self, fit: Fit) -> None:
@@ -118,11 +120,12 @@ class SparsityCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the callback's state; the masks are in the checkpoint beside it.
 
-        A callback before this one may save between an optimizer step and the end of its batch: what this one does after
-        the step is done first, so that the checkpoint holds it.
+        A callback before this one may save between an optimizer step and the end of its batch. What this one does after
+        the step is done first, so that the checkpoint holds it; like Lightning, ask for the state on every rank.
         """
-        self._catch_up()
-        return {"version": STATE_VERSION, "step": self._step}
+        if self._fit is not None:
+            self._catch_up(self._fit)
+        return {"version": STATE_VERSION, "step": self._handled_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the callback's state from a checkpoint.
@@ -144,7 +147,9 @@ class SparsityCallback(Callback):
             checkpoint[CHECKPOINT_KEY] = sparsity_of(pl_module).masks.state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Load the masks, once."""
+        """Load the masks, once, and forget an earlier fit: the state that the checkpoint has of it is loaded after this."""
+        if trainer.training:
+            self._begin()
         if CHECKPOINT_KEY in checkpoint and self._is_first(trainer):
             sparsity_of(pl_module).masks.load_state_dict(checkpoint[CHECKPOINT_KEY])
 
@@ -170,17 +175,17 @@ class SparsityCallback(Callback):
             self._begin()
 
     def _begin(self) -> None:
-        """Forget an earlier fit; what a checkpoint holds is loaded after this."""
+        """Forget an earlier fit."""
         self._step = self._handled_step = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the targets, and hold the masks that are there already (a resumed run, a second fit)."""
         sparsity, leads = sparsity_of(pl_module), self._is_first(trainer)
         if leads:
-            sparsity.graph, sparsity.untraced, sparsity.calls, sparsity.budgets = None, None, {}, []
+            sparsity.graph, sparsity.untraced, sparsity.calls, sparsity.budgets = None, None, [], []
             sparsity.find_targets(pl_module)
             sparsity.masks.apply_(sparsity.tensors)
-        self._fit = Fit(trainer, sparsity, self._find_budgets(sparsity, pl_module), leads)
+        self._fit = Fit(trainer, pl_module, sparsity, self._find_budgets(sparsity, pl_module), leads)
         for name in self._fit.names:
             n_zeros = int((sparsity.tensors[name] == 0).sum())
             if sparsity.masks[name].n_live == sparsity.masks[name].dead.numel() > n_zeros > 0:
@@ -232,6 +237,8 @@ class SparsityCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch the first batches of a fit, until it is seen which layers feed the targets and which they feed."""
         fit = self._running()
+        if fit.capture is not None:  # of a batch that was skipped
+            fit.capture.close()
         if fit.leads and not all(ours._running().planned for ours in _ours(trainer)):
             names = {name for budget in fit.sparsity.budgets for name in budget.names}
             fit.capture = Capture(pl_module, [fit.sparsity.tensors[name] for name in names])
@@ -247,12 +254,9 @@ class SparsityCallback(Callback):
     ) -> None:
         """Act, if the batch ended with a real optimizer step, and log."""
         fit = self._running()
-        if fit.capture is not None:
-            self._trace(fit, pl_module, fit.capture)
-        if not fit.planned and (self._step > self._handled_step or set(fit.names) <= set(fit.sparsity.graph or ())):
-            self._plan(fit, pl_module)
-            fit.planned = True
-        self._catch_up()
+        if not fit.planned:
+            self._see(fit)
+        self._catch_up(fit)
         # Lightning's log takes about a millisecond a value, so values are logged when they are wanted, or are news.
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         at_target = self._at_target(fit)
@@ -263,12 +267,22 @@ class SparsityCallback(Callback):
             pl_module.log(connections, values.pop(connections), prog_bar=True)
             pl_module.log_dict({**values, f"{self.name}/at_target": float(at_target)})
 
-    def _catch_up(self) -> None:
+    def _see(self, fit: Fit) -> None:
+        """Look at what ran in this batch, and plan once the targets did."""
+        leader = _ours(fit.trainer)[0]
+        leader._trace(leader._running())
+        if not fit.planned and (self._step > self._handled_step or set(fit.names) <= set(fit.sparsity.graph or ())):
+            self._plan(fit)
+            fit.planned = True
+
+    def _catch_up(self, fit: Fit) -> None:
         """Do what is done after an optimizer step, if that is still to be done."""
-        if self._fit is not None and self._fit.planned and self._step > self._handled_step:
+        if self._step > self._handled_step:
+            if not fit.planned:
+                self._see(fit)
+            self._after_step(fit)
             self._handled_step = self._step
-            self._after_step(self._fit)
-            self._mask_averages(self._fit)
+            self._mask_averages(fit)
 
     def _mask_averages(self, fit: Fit) -> None:
         """Mask the copies that weight-averaging callbacks keep (EMA, SWA); an average of zeros stays zero by itself."""
@@ -282,18 +296,24 @@ class SparsityCallback(Callback):
                 tensors = all_targets(getattr(average, "module", average))
                 fit.sparsity.masks.apply_({name: target.parameter for name, target in tensors.items()})
 
-    def _trace(self, fit: Fit, pl_module: LightningModule, capture: Capture) -> None:
-        fit.capture = None
-        known = fit.sparsity.calls
-        calls = outermost({**capture.finish(), **known})
-        if calls.keys() == known.keys():
+    def _trace(self, fit: Fit) -> None:
+        """Trace what was captured in this batch, together with what is known of earlier ones."""
+        if (capture := fit.capture) is None:
             return
-        for tried in (few_rows(calls), calls):  # some networks cannot do with fewer rows
+        fit.capture = None
+        sparsity, new = fit.sparsity, capture.finish()
+        for calls in ([*sparsity.calls, *few_rows(new)], [*sparsity.calls, *new]):  # some cannot do with fewer rows
             try:
-                fit.sparsity.graph, fit.sparsity.calls = trace_calls(pl_module, tried), tried
-                return
+                graph = trace_calls(fit.module, calls)
             except Exception as error:  # the network is the user's; whoever needs the graph says this again
-                fit.sparsity.untraced = f"{type(error).__name__}: {error}"
+                sparsity.untraced = f"{type(error).__name__}: {error}"
+                continue
+            if sparsity.graph is None or len(graph) > len(sparsity.graph):
+                sparsity.graph, sparsity.calls = graph, calls
+                for callback in _ours(fit.trainer):
+                    if (other := callback._running()).planned:
+                        callback._plan(other)
+            return
 
     def _count_step(self, optimizer: Optimizer, *_: Any) -> None:
         found_inf = getattr(
@@ -326,9 +346,10 @@ class SparsityCallback(Callback):
         fit.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the optimizers."""
+        """Let go of the fit."""
         if self._fit is not None:
             self._fit.release()
+            self._fit = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let go of the fit; hold the masks once more, after callbacks that put averages into the module."""

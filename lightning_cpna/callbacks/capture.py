@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_cpna.tracing import Call
+from lightning_cpna.tracing import Call, Calls
 
 MAX_ROWS = 4  # chosen: enough to show a network's structure; a float64 pass over more costs as much as a training step
+MAX_CALLS = 4  # chosen: of each module in one batch; a discriminator is called three times
 
 
 class Capture:
-    """Records the arguments of the outermost modules that are called and hold given parameters.
+    """Records the arguments of the modules that are called and hold given parameters, but for calls inside other calls.
 
     Args:
         module: The module that is about to train on a batch.
@@ -26,48 +27,48 @@ class Capture:
     """
 
     def __init__(self, module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-        self._calls: dict[str, Call] = {}
+        self._calls: list[tuple[str, Call]] = []
+        self._depth = 0
         self._context = contextlib.ExitStack()
         if any(_is_compiled(m) for m in module.modules()):
             if not hasattr(torch.compiler, "set_stance"):
                 raise RuntimeError("tracing a module under torch.compile needs torch >= 2.6; upgrade torch")
-            # The hooks must not end up in a compiled graph: the first batch runs eagerly.
+            # The hooks must not end up in a compiled graph: a batch that is watched runs eagerly.
             self._context.enter_context(torch.compiler.set_stance("force_eager"))
         wanted = set(map(id, parameters))
         for path, part in module.named_modules():
             if not wanted.isdisjoint(map(id, part.parameters())):
-                hook = part.register_forward_pre_hook(partial(self._record, path), with_kwargs=True)
-                self._context.callback(hook.remove)
+                enter = part.register_forward_pre_hook(partial(self._enter, path), with_kwargs=True)
+                leave = part.register_forward_hook(self._leave, always_call=True)
+                self._context.callback(enter.remove)
+                self._context.callback(leave.remove)
 
-    def _record(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Strategies such as DDP reach training_step through a temporary stand-in for the module's forward, a plain
-        # function; that call is not the network's.
-        redirected = isinstance(module.forward, FunctionType) and not hasattr(
-            module.forward, "_torchdynamo_orig_callable"
-        )
-        if not redirected:
-            self._calls[path] = (args, kwargs)
+    def _enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _is_redirected(module):
+            return
+        if self._depth == 0 and sum(path == other for other, _ in self._calls) < MAX_CALLS:
+            self._calls.append((path, (args, kwargs)))
+        self._depth += 1
 
-    def finish(self) -> dict[str, Call]:
-        """Stop recording; return the calls by module path, outermost modules only.
+    def _leave(self, module: nn.Module, *_: Any) -> None:
+        self._depth -= not _is_redirected(module)
+
+    def finish(self) -> Calls:
+        """Stop recording; return the calls in their order.
 
         Arguments with a history, computed by other calls, are marked: their copies require a gradient.
         """
         self.close()
-        return {path: _detached(call) for path, call in outermost(self._calls).items()}
+        return [(path, _detached(call)) for path, call in self._calls]
 
     def close(self) -> None:
         """Stop recording."""
         self._context.close()
 
 
-def outermost(calls: Mapping[str, Call]) -> dict[str, Call]:
-    """Leave out the calls of modules that are inside another one that was called."""
-    return {path: calls[path] for path in sorted(calls) if not any(_inside(path, other) for other in calls)}
-
-
-def _inside(path: str, other: str) -> bool:
-    return path != other and (other == "" or path.startswith(f"{other}."))
+def _is_redirected(module: nn.Module) -> bool:
+    """Tell whether the forward is the stand-in through which DDP and its like reach ``training_step``."""
+    return isinstance(module.forward, FunctionType) and not hasattr(module.forward, "_torchdynamo_orig_callable")
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -85,9 +86,9 @@ def _detached(call: Call) -> Call:
     return detached
 
 
-def few_rows(calls: Mapping[str, Call]) -> dict[str, Call]:
+def few_rows(calls: Calls) -> Calls:
     """Cut the arguments of calls to their first rows, where all of a call have the same number of them."""
-    return {path: _cut(call) for path, call in calls.items()}
+    return [(path, _cut(call)) for path, call in calls]
 
 
 def _cut(call: Call) -> Call:

@@ -129,9 +129,8 @@ class CPNAPruning(SparsityCallback):
         self.scope: Scope = scope
         self._score = _score_of(score, granularity)
         self._generator = torch.Generator()
-        self._n_start: dict[str, int] = {}
-        self._thresholds: dict[str, float] = {}
         self._stages: list[Stage] = []
+        self._begin()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step, the counts at which pruning began, and the random generator's state."""
@@ -151,7 +150,8 @@ class CPNAPruning(SparsityCallback):
 
     def _begin(self) -> None:
         super()._begin()
-        self._n_start, self._thresholds = {}, {}
+        self._n_start = dict[str, int]()
+        self._thresholds = dict[str, float]()
         self._generator.manual_seed(self._score.seed if isinstance(self._score, Score) else 0)
 
     def _find_budgets(self, sparsity: Sparsity, pl_module: LightningModule) -> list[Budget]:
@@ -169,7 +169,7 @@ class CPNAPruning(SparsityCallback):
                 stacklevel=2,
             )
 
-    def _plan(self, fit: Fit, pl_module: LightningModule) -> None:
+    def _plan(self, fit: Fit) -> None:
         graph = fit.sparsity.graph
         needs_graph = (
             self.schedule is None
@@ -179,7 +179,7 @@ class CPNAPruning(SparsityCallback):
         )
         if graph is None and needs_graph:
             raise ValueError(
-                f"{self.name}: the module could not be traced on its first training batch ({fit.sparsity.untraced}); use "
+                f"{self.name}: the module could not be traced on a training batch ({fit.sparsity.untraced}); use "
                 "normalize=False with score='magnitude' and a schedule, which need no trace"
             )
         if graph is None and fit.leads:
@@ -204,7 +204,7 @@ class CPNAPruning(SparsityCallback):
         ]
         producers = list(dict.fromkeys(name for stage in self._stages for name in stage.producers))
         if graph is not None and producers:
-            verify_rescaling(pl_module, fit.sparsity.calls, graph, producers)
+            verify_rescaling(fit.module, fit.sparsity.calls, graph, producers)
 
     def _producers(self, budgets: list[Budget], graph: Graph | None, first: bool) -> tuple[str, ...]:
         """Return the layers whose units a stage normalises."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_cpna import Annealing, CPNAPruning, Cubic, Geometric, Linear, Masks, OneShot, infer_masks, sparsity_of
+from lightning_cpna import (
+    Annealing,
+    CPNAPruning,
+    Cubic,
+    Geometric,
+    Linear,
+    Masks,
+    OneShot,
+    Score,
+    infer_masks,
+    keep_top,
+    sparsity_of,
+)
 from tests.helpers import Classifier, OtherClassifier, checkpoint, data, mlp, trainer, weights
 
 HIDDEN = Annealing(start=2, end=6)
@@ -188,6 +201,24 @@ def test_the_same_callback_serves_another_module_from_its_start() -> None:
     assert counts == 2 * ([16] * 8 + [5] * 4)
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_random_score_draws_from_its_seed_also_where_training_goes_on(seed: int) -> None:
+    kept = []
+    for dense_steps in (0, 4):
+        model, score = Classifier(), Score("random", seed=seed)
+        callback = CPNAPruning({"net.2.weight": 5}, schedule=OneShot(1), score=score)
+        fitting = trainer(epochs=dense_steps // 4)
+        fitting.fit(model, data())
+        fitting.callbacks.append(callback)
+        fitting.fit_loop.max_epochs = 2
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fitting.fit(model, data())
+        kept.append(sparsity_of(model).masks["net.2.weight"].live_cells)
+    expected = keep_top(torch.rand(1, 1, 16, generator=torch.Generator().manual_seed(seed)), 5)
+    assert all(cells.tolist() == expected.flatten().nonzero().flatten().tolist() for cells in kept)
+
+
 def test_the_same_trainer_fitting_longer_goes_on_where_it_was() -> None:
     model, callback = Classifier(), CPNAPruning({"net.2.weight": 5}, schedule=OneShot(9))
     fitting = trainer(callback, epochs=2)
@@ -260,12 +291,45 @@ def test_a_checkpoint_that_an_earlier_callback_saves_inside_a_batch_holds_what_i
             assert torch.equal(moment[position]["exp_avg"] != 0, live)
 
 
-def test_a_callback_that_resumes_a_foreign_checkpoint_counts_from_zero(tmp_path: Path) -> None:
+def test_a_checkpoint_saved_inside_the_first_batch_of_a_fit_holds_what_its_step_pruned(tmp_path: Path) -> None:
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+    def live(step: int) -> int:
+        masks = Masks()
+        masks.load_state_dict(torch.load(tmp_path / f"{step}.ckpt", weights_only=True)["lightning_cpna"])
+        return masks["net.2.weight"].n_live
+
+    schedule = Linear(start=0, end=8)
+    trainer(Save(), CPNAPruning({"net.2.weight": 8}, schedule=schedule), epochs=1).fit(Classifier(), data())
+    assert [live(step) for step in (1, 2, 3, 4)] == [15, 14, 13, 12]
+    resumed = CPNAPruning({"net.2.weight": 8}, schedule=schedule)
+    trainer(Save(), resumed, epochs=2).fit(Classifier(), data(), ckpt_path=tmp_path / "4.ckpt")
+    assert [live(step) for step in (5, 6, 7, 8)] == [11, 10, 9, 8]
+
+
+def test_the_state_is_that_of_what_was_pruned_when_a_fit_breaks_off() -> None:
+    class Breaks(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 3:
+                raise RuntimeError("out of luck")
+
+    callback, model = CPNAPruning({"net.2.weight": 8}, schedule=Linear(0, 8)), Classifier()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        trainer(Breaks(), callback).fit(model, data())
+    assert (callback.state_dict()["step"], live_counts(model)["net.2.weight"]) == (2, 14)
+
+
+@pytest.mark.parametrize("same_trainer", [False, True])
+def test_a_callback_that_resumes_a_foreign_checkpoint_counts_from_zero(tmp_path: Path, same_trainer: bool) -> None:
     callback, model = CPNAPruning({"net.2.weight": 5}, schedule=OneShot(9)), Classifier()
-    trainer(callback).fit(Classifier(), data())
+    first = trainer(callback, epochs=3)
+    first.fit(Classifier(), data())
     trainer(checkpoint(tmp_path), epochs=1, enable_checkpointing=True).fit(model, data())
+    second = first if same_trainer else trainer(callback, epochs=3)
     with pytest.warns(UserWarning, match="there is no state of a CPNAPruning"):
-        trainer(callback, epochs=3).fit(model, data(), ckpt_path=tmp_path / "step=4.ckpt")
+        second.fit(model, data(), ckpt_path=tmp_path / "step=4.ckpt")
     assert callback.state_dict()["step"] == 8
     assert live_counts(model)["net.2.weight"] == 16
 
@@ -320,42 +384,6 @@ def test_manual_optimisation_counts_the_optimizer_that_owns_the_first_target() -
     assert second.state_dict()["step"] == 40
     assert live_counts(model) == {"net.2.weight": 5, "net.0.weight": 9}
     assert int((model.net[0].weight != 0).sum()) == 9
-
-
-@pytest.mark.parametrize("score", ["path", "magnitude"])
-def test_networks_that_train_in_turns_are_pruned_each_from_its_own_first_batch(score: Any) -> None:
-    class Adversaries(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-            self.discriminator, self.generator = mlp(), nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 6))
-
-        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
-            optimizers: Any = self.optimizers()
-            optimizer = optimizers[batch_idx % 2]
-            optimizer.zero_grad()
-            made = self.generator(torch.randn(16, 3)) if batch_idx % 2 else batch[0]
-            self.manual_backward(self.discriminator(made).square().mean())
-            optimizer.step()
-
-        def configure_optimizers(self) -> Any:
-            return [torch.optim.Adam(net.parameters(), lr=1e-2) for net in (self.discriminator, self.generator)]
-
-    model = Adversaries()
-    callbacks = [
-        CPNAPruning({f"{net}.2.weight": n}, schedule=Annealing(2, 6), score=score, normalize=normalize, name=net)
-        for net, n, normalize in (("generator", 30, None), ("discriminator", 5, True))
-    ]
-    trainer(*callbacks).fit(model, data())
-    counts = live_counts(model)
-    assert (counts["generator.2.weight"], counts["discriminator.2.weight"]) == (30, 5)
-    assert [callback.state_dict()["step"] for callback in callbacks] == [10, 10]
-    layers = {layer.name: layer for layer in callbacks[0].report(model).layers}
-    units = int(torch.count_nonzero(weights(model)["generator.2.weight"], dim=0).count_nonzero())
-    assert int(torch.count_nonzero(weights(model)["generator.0.weight"], dim=1).count_nonzero()) == units, (
-        "dead units keep no inputs"
-    )
-    assert layers["generator.2.weight"].live_features == units
 
 
 def test_a_model_built_in_configure_model_is_pruned() -> None:
