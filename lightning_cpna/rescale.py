@@ -8,12 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from lightning_cpna.graph import Graph
 from lightning_cpna.moments import optimizer_of, reset_moments_, scale_moments_
-from lightning_cpna.targets import all_targets, canonical_name
-from lightning_cpna.tracing import Call, Calls, float64_copy, widen
+from lightning_cpna.replay import Calls, float64_copy, replay
+from lightning_cpna.targets import all_targets
 
 Moments = Literal["keep", "transform", "reset"]
 
@@ -143,10 +142,10 @@ def verify_rescaling(module: nn.Module, calls: Calls, graph: Graph, producers: l
     """
     with float64_copy(module) as twin:
         torch.manual_seed(0)
-        before = [leaf for call in calls for leaf in _outputs(twin, *call)]
+        before = [leaf for call in calls for leaf in replay(twin, *call)]
         rescale_({name: target.parameter for name, target in all_targets(twin).items()}, graph, producers)
         torch.manual_seed(0)
-        after = [leaf for call in calls for leaf in _outputs(twin, *call)]
+        after = [leaf for call in calls for leaf in replay(twin, *call)]
     for old, new in zip(before, after, strict=True):
         difference = float((new - old).abs().max() / old.abs().max().clamp(min=torch.finfo(old.dtype).tiny))
         if not difference <= 1e-9:
@@ -155,10 +154,3 @@ def verify_rescaling(module: nn.Module, calls: Calls, graph: Graph, producers: l
                 f"normalize: rescaling the units of {', '.join(producers)} changes the network's output on the first "
                 f"batch by {difference:.1e} of its magnitude, more than 1e-9; {_ways_out(graph, reader)}"
             )
-
-
-def _outputs(module: nn.Module, prefix: str, call: Call) -> list[Tensor]:
-    args, kwargs = widen(call)
-    output = module.get_submodule(canonical_name(prefix))(*args, **kwargs)
-    output = vars(output) if hasattr(output, "__dataclass_fields__") else output
-    return [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]

@@ -16,10 +16,10 @@ from lightning_cpna.cells import cells_of, fill_cells_
 from lightning_cpna.graph import Graph
 from lightning_cpna.masks import Mask, Masks, keep_top_rows
 from lightning_cpna.moments import optimizer_of, zero_moments_
+from lightning_cpna.replay import Calls
 from lightning_cpna.report import SparsityReport, feeds_something, live_mask, sparsity_report
 from lightning_cpna.scores import Granularity, Score, ScoreFunction, ScoreInputs, any_in_group, group_norm, ungroup
 from lightning_cpna.targets import Target, all_targets, n_keep, resolve
-from lightning_cpna.tracing import Calls
 
 Scope = Literal["layer", "shared"]
 

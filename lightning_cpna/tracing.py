@@ -7,9 +7,7 @@ activation reaches the next layer its labels say which unit feeds which column, 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_cpna.graph import Graph, Layer, owned
+from lightning_cpna.replay import Call, Calls, float64_copy, plain, widen
 from lightning_cpna.targets import all_targets, canonical_name
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""The positional and keyword arguments of a module's forward."""
-Calls = Sequence[tuple[str, Call]]
-"""Calls of submodules, by name; ``""`` is the module itself."""
 
 _LAYERS = {"linear": None, "conv1d": 1, "conv2d": 2, "conv3d": 3}
 # f(c * x) = c * f(x) for c > 0, element by element (dropout is the identity in eval mode).
@@ -45,7 +39,6 @@ _ELEMENTWISE = {
     "cos", "sqrt", "square", "pow", "batch_norm", "instance_norm", "hardshrink", "softshrink", "add", "iadd", "radd",
     "sub", "isub", "rsub", *_SCALING,
 }  # fmt: skip
-_CASTS = {"float", "double", "half", "bfloat16", "to", "type", "type_as"}
 _REDUCING = {"mean", "sum", "amax", "amin"}
 
 
@@ -80,63 +73,6 @@ def trace_calls(module: nn.Module, calls: Calls) -> Graph:
             path = canonical_name(prefix)
             builder.run(twin.get_submodule(path), path, call)
     return builder.graph()
-
-
-def widen(call: Call) -> Call:
-    """Turn the float tensors among a call's arguments into float64."""
-    wide: Call = tree_map(lambda x: _wide_copy(x) if isinstance(x, Tensor) else x, call)
-    return wide
-
-
-def _wide_copy(tensor: Tensor) -> Tensor:
-    tensor = tensor.cpu() if tensor.device.type == "mps" else tensor  # which has no float64
-    return tensor.double() if tensor.is_floating_point() else tensor
-
-
-@contextmanager
-def float64_copy(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield an uncompiled float64 copy of a module, with gradients off and a random state of its own.
-
-    The copy is in the module's own mode, so that what is traced is what is trained.
-    """
-    memo: dict[int, Any] = {}
-    for value in _activations(module):
-        memo[id(value)] = value.detach().clone()  # it cannot be copied with its history
-    twin = copy.deepcopy(getattr(module, "_orig_mod", module), memo)
-    for child in twin.modules():
-        child.__dict__.pop("forward", None)  # Lightning compiles a module by replacing its forward
-        child._compiled_call_impl = None
-        for name, grandchild in list(child.named_children()):
-            if hasattr(grandchild, "_orig_mod"):
-                setattr(child, name, grandchild._orig_mod)
-    if any(parameter.device.type == "mps" for parameter in twin.parameters()):
-        twin = twin.cpu()
-    with torch.no_grad(), torch.random.fork_rng(_cuda_devices()), _Float64():
-        yield twin.double()
-
-
-def _cuda_devices() -> list[int]:
-    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
-
-
-def _activations(module: nn.Module) -> Iterator[Tensor]:
-    """Find tensors with a history that modules keep, alone or in containers."""
-    for child in module.modules():
-        for value in tree_leaves([v for k, v in vars(child).items() if k not in ("_parameters", "_modules")]):
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                yield value
-
-
-class _Float64(TorchFunctionMode):
-    """Keeps every float tensor in float64, whatever the forward casts to."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.__name__ in _CASTS and isinstance(out, Tensor) and out.is_floating_point():
-            return args[0].to(out.device, torch.float64)  # not the rounded result: rounding would hide what is compared
-        return tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, out)
 
 
 @dataclass(frozen=True)
@@ -178,7 +114,7 @@ class _Builder(TorchFunctionMode):
                 self._alive.append(wide)
         with self:
             output = region(*args, **kwargs)
-        for leaf in tree_leaves(_plain(output)):
+        for leaf in tree_leaves(plain(output)):
             if (flow := self._flows.get(id(leaf))) is not None:
                 for layer in flow.layers:
                     self._outputs.setdefault(layer, set()).add(prefix)
@@ -208,7 +144,7 @@ class _Builder(TorchFunctionMode):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         inputs = [self._flows[id(x)] for x in tensors if id(x) in self._flows]
         name = func.__name__.strip("_")
-        results = [x for x in tree_leaves(_plain(args[0] if name == "setitem" else out)) if isinstance(x, Tensor)]
+        results = [x for x in tree_leaves(plain(args[0] if name == "setitem" else out)) if isinstance(x, Tensor)]
         self._alive += [*tensors, *results]
         if name in _LAYERS and self._is_layer(args, kwargs):
             self._flows[id(out)] = self._layer(name, out, *args, **kwargs)
@@ -349,14 +285,9 @@ class _Builder(TorchFunctionMode):
 
         return [
             x
-            for x in tree_leaves(_plain(func(*tree_map(label, args), **tree_map(label, kwargs))))
+            for x in tree_leaves(plain(func(*tree_map(label, args), **tree_map(label, kwargs))))
             if isinstance(x, Tensor)
         ]
-
-
-def _plain(output: Any) -> Any:
-    """Turn dataclass outputs into dicts, whose leaves can be found."""
-    return vars(output) if hasattr(output, "__dataclass_fields__") else output
 
 
 def _axes_of_reduction(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

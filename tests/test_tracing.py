@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from lightning_cpna import Graph, trace
-from lightning_cpna.tracing import float64_copy, trace_calls, widen
+from lightning_cpna.replay import float64_copy, widen
+from lightning_cpna.tracing import trace_calls
 from tests.helpers import Net
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_cpna.tracing import Call, Calls
+from lightning_cpna.replay import Call, Calls
 
 MAX_ROWS = 4  # chosen: enough to show a network's structure; a float64 pass over more costs as much as a training step
 MAX_CALLS = 4  # chosen: of each module in one batch; a discriminator is called three times
