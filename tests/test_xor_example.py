@@ -83,8 +83,9 @@ def test_the_command_writes_results_figures_and_tensorboard_runs(
     assert "FSA + CPNA" in capsys.readouterr().out
 
 
-def test_a_run_whose_features_do_not_explain_the_training_set_starts_anew_on_the_same_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("bound", ["ACCEPTED_FEATURES", "ACCEPTED_END"])
+def test_a_run_that_does_not_learn_its_training_set_starts_anew_on_the_same_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str
 ) -> None:
     starts: list[tuple[Tensor, Tensor]] = []
 
@@ -95,7 +96,7 @@ def test_a_run_whose_features_do_not_explain_the_training_set_starts_anew_on_the
     monkeypatch.setattr(training, "XORNet", Spied)
     job = Job(3, 6, 60, 64, "fsa_cpna", 5)
     first = train(job, tmp_path)
-    monkeypatch.setattr(training, "ACCEPTED_AUC", 1.01)
+    monkeypatch.setattr(training, bound, 1.01)
     monkeypatch.setattr(training, "MAX_TRIES", 2)
     again = train(job, tmp_path)
     assert (first.tries, again.tries) == (1, 2)
