@@ -104,7 +104,7 @@ def recipe(k: int, method: str) -> Recipe:
             (pretraining, None),
             (Phase(60), features(k)),
             (Phase(268, 1000), hidden(problem.n_hidden)),
-            *_tail(problem, epochs=500),
+            *_tail(problem, epochs=667, fine_tuning=150),
         ]
     return [
         (Phase(60), None),
@@ -114,11 +114,11 @@ def recipe(k: int, method: str) -> Recipe:
     ]
 
 
-def _tail(problem: Problem, epochs: int = 334) -> Recipe:
+def _tail(problem: Problem, epochs: int = 334, fine_tuning: int = 100) -> Recipe:
     """Anneal the input connections, then train what is left."""
     return [
         (Phase(epochs, 1000, weight_decay=1e-4), inputs(problem.n_inputs)),
-        (Phase(100, 1000, lr_end=1e-4, weight_decay=1e-5), None),
+        (Phase(fine_tuning, 1000, lr_end=1e-4, weight_decay=1e-5), None),
     ]
 
 
