@@ -14,7 +14,7 @@ TITLES = {
     "cpa_hidden": "CPA (hidden)",
     "cpna_hidden": "CPNA (hidden)",
     "cpna_all": "CPNA (all)",
-    "cpna_all_plain": "CPNA (all), A = 0",
+    "cpna_all_plain": "CPNA (all) A=0",
     "fsa_cpna": "FSA + CPNA",
 }
 COLORS = {"train": "#b2182b", "test": "#2166ac", "hidden": "#b2182b", "input": "#2166ac"}
