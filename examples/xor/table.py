@@ -63,7 +63,7 @@ def rich_tables(results: list[dict[str, Any]]) -> list[Table]:
     for problem, group in itertools.groupby(rows(results), key=lambda row: row[0]):
         lines = list(group)
         table = Table(title=problem, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-        used = [column for column in range(1, len(HEADER)) if any(line[column] for line in lines)]
+        used = _used(lines)[1:]
         for column in used:
             table.add_column(HEADER[column], justify="right" if column > 1 else "left", no_wrap=True)
         for line in lines:
@@ -74,8 +74,14 @@ def rich_tables(results: list[dict[str, Any]]) -> list[Table]:
 
 def markdown(results: list[dict[str, Any]]) -> str:
     """Return the table for a README."""
-    lines = [HEADER, ["---", "---", *["---:"] * (len(HEADER) - 2)], *rows(results)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    found = rows(results)
+    lines = [HEADER, ["---", "---", *["---:"] * (len(HEADER) - 2)], *found]
+    return "\n".join("| " + " | ".join(line[column] for column in _used(found)) + " |" for line in lines)
+
+
+def _used(lines: list[list[str]]) -> list[int]:
+    """Find the columns that say something."""
+    return [column for column in range(len(HEADER)) if any(line[column] for line in lines)]
 
 
 def load(files: list[Path]) -> list[dict[str, Any]]:
