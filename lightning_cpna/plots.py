@@ -117,12 +117,22 @@ def plot_connectivity(result: Connectivity, feature_names: Iterable[str] | None 
         axes.scatter(list(place.values()), [level] * len(place), s=max(8, 90 - len(place)), color=LIVE, zorder=3)
     if len(used[0]) <= 60:
         for feature, x in places[0].items():
-            axes.annotate(names[feature], (x, 0), xytext=(0, -14), textcoords="offset points", ha="center", fontsize=8)
-    titles = ["features", *(name for name, *_ in result.layers)]
+            axes.annotate(
+                names[feature],
+                (x, 0),
+                xytext=(0, -8),
+                textcoords="offset points",
+                ha="center",
+                va="top",
+                fontsize=8,
+                rotation=90 if len(used[0]) > 30 else 0,
+            )
+    titles = ["features", *(f"units of {name}" for name, *_ in result.layers)]
     labels = [f"{t}\n{len(row)} of {n}" for t, row, n in zip(titles, used, result.sizes, strict=True)]
     axes.set_yticks(range(len(labels)), labels)
     axes.set(xlim=(0, 1), ylim=(-0.35, len(labels) - 0.8), xticks=[])
-    axes.set_title(" + ".join(f"{len(weight):,}" for *_, weight in result.layers) + " connections")
+    counts = " + ".join(f"{len(weight):,}" for *_, weight in result.layers)
+    axes.set_title(f"{counts} connections; blue is positive, red negative, the width is the magnitude")
     for spine in axes.spines.values():
         spine.set_visible(False)
     return figure

@@ -87,6 +87,8 @@ class SparsityReport:
     def table(self) -> Table:
         """Return the report as a rich table."""
         table = Table(title="What is alive")
+        if not self.layers:
+            table.caption = "no masks are known for this module; infer_masks reads them off its zeros"
         table.add_column("parameter")
         for title in ("connections", "target", "density", "live units", "live features"):
             table.add_column(title, justify="right")

@@ -47,10 +47,10 @@ def rescalable(graph: Graph, names: Iterable[str]) -> list[str]:
 
 
 def _ways_out(graph: Graph, name: str) -> str:
-    """Name the scores that need no rescaling and work for this weight."""
+    """Name what needs no rescaling and works for this weight."""
     if name not in graph or not graph.feeding(name):
         return "use normalize=False (CPA) with score='magnitude', which needs neither rescaling nor a trace"
-    return "use normalize=False (CPA) with score='magnitude' or score='normalized', which need no rescaling"
+    return "use normalize=False (CPA); score='magnitude' and score='normalized' need no rescaling"
 
 
 @torch.no_grad()

@@ -150,7 +150,7 @@ class ScoreInputs:
         return self.graph
 
 
-_WAY_OUT = "use score='magnitude', which needs no neighbours"
+_WAY_OUT = "use score='magnitude' with normalize=False, which need no neighbours"
 
 
 ScoreFunction = Callable[[ScoreInputs], Tensor]

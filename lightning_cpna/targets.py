@@ -127,6 +127,10 @@ def resolve(module: nn.Module, patterns: Iterable[str]) -> dict[str, list[Target
     for pattern in patterns:
         names = [name for name in available if name == pattern or fnmatchcase(name, pattern)]
         if not names:
+            for name, parameter in module.named_parameters(remove_duplicate=False):
+                if canonical_name(name) == pattern:
+                    tied = next(other for other, target in available.items() if target.parameter is parameter)
+                    raise ValueError(f"targets: {pattern!r} is tied to {tied!r}; use that name")
             inside = [name for name in available if name.startswith(f"{pattern}.")]
             close = inside or difflib.get_close_matches(pattern, available, n=3, cutoff=0.5)
             hint = (

@@ -138,7 +138,7 @@ def test_a_picture_has_a_line_for_each_live_connection_and_no_other() -> None:
     assert (len(first.get_segments()), len(last.get_segments())) == (4, 3)
     assert {float(y) for segment in first.get_segments() for y in segment[:, 1]} == {0.0, 1.0}
     assert {float(y) for segment in last.get_segments() for y in segment[:, 1]} == {1.0, 2.0}
-    assert figure.axes[0].get_title() == "4 + 3 connections"
+    assert figure.axes[0].get_title() == "4 + 3 connections; blue is positive, red negative, the width is the magnitude"
 
 
 def test_lines_join_the_places_of_their_ends_in_the_color_of_their_sign() -> None:
@@ -169,7 +169,7 @@ def test_removed_connections_and_unused_features_are_not_drawn() -> None:
     assert [len(collection.get_segments()) for collection in lines(figure)] == [2, 3]
     assert [text.get_text() for text in figure.axes[0].texts] == ["x", "y"]
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert labels == ["features\n2 of 3", "0.weight\n3 of 4", "2.weight\n2 of 2"]
+    assert labels == ["features\n2 of 3", "units of 0.weight\n3 of 4", "units of 2.weight\n2 of 2"]
 
 
 @pytest.mark.parametrize("make", [list, tuple, np.array, iter])

@@ -243,3 +243,7 @@ def test_a_grouped_convolution_has_as_many_features_as_channels() -> None:
     masks["weight"].remove_(dead)
     layer = sparsity_report(masks, all_targets(net)).layers[0]
     assert (layer.live_features, layer.features, layer.live_units, layer.units) == (2, 6, 3, 4)
+
+
+def test_a_report_without_masks_says_how_to_get_them() -> None:
+    assert "infer_masks reads them off its zeros" in " ".join(str(sparsity_report(Masks(), {})).split())

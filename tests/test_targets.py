@@ -251,3 +251,10 @@ def test_a_density_out_of_range_raises_with_name_value_and_range(density: float)
 def test_a_count_out_of_range_raises_with_name_value_and_range(count: int) -> None:
     with pytest.raises(ValueError, match=rf"{count} should remain of 'net\.w', which has 10; allowed is 1 to 10"):
         n_keep(count, 10, "net.w")
+
+
+def test_the_second_name_of_a_tied_weight_is_refused_with_the_first() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight = net[0].weight
+    with pytest.raises(ValueError, match=r"targets: '1\.weight' is tied to '0\.weight'; use that name"):
+        resolve(net, ["1.weight"])

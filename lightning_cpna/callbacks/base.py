@@ -104,10 +104,10 @@ class SparsityCallback(Callback):
 
     def _at_target(self, fit: Fit) -> bool:
         """Is every count reached?"""
-        return all(fit.sparsity.n_remaining(budget) == budget.n_end for budget in fit.budgets)
+        return all(fit.sparsity.n_remaining(budget) <= budget.n_end for budget in fit.budgets)
 
     def _values(self, fit: Fit) -> dict[str, float]:
-        """What is logged? Without the callback's name."""
+        """What is logged beside connections, density and ``at_target``? Without the callback's name."""
         raise NotImplementedError
 
     # Identity and state
@@ -263,9 +263,13 @@ class SparsityCallback(Callback):
         if at_target != fit.logged_at_target or (every and trainer.global_step % every == 0):
             fit.logged_at_target = at_target
             values = {f"{self.name}/{key}": float(value) for key, value in self._values(fit).items()}
-            connections = f"{self.name}/connections"
-            pl_module.log(connections, values.pop(connections), prog_bar=True)
-            pl_module.log_dict({**values, f"{self.name}/at_target": float(at_target)})
+            pl_module.log_dict(values)
+        elif not trainer.is_last_batch:
+            return
+        live = [fit.sparsity.masks[name].n_live for name in fit.names]
+        size = sum(fit.sparsity.tensors[name].numel() for name in fit.names)
+        pl_module.log(f"{self.name}/connections", float(sum(live)), prog_bar=True)
+        pl_module.log_dict({f"{self.name}/density": sum(live) / size, f"{self.name}/at_target": float(at_target)})
 
     def _see(self, fit: Fit) -> None:
         """Look at what ran in this batch, and plan once the targets did."""
@@ -337,7 +341,7 @@ class SparsityCallback(Callback):
         """Say so if a count was not reached, and let go of the optimizers."""
         fit = self._running()
         for budget in fit.budgets:
-            if (n := fit.sparsity.n_remaining(budget)) != budget.n_end:
+            if (n := fit.sparsity.n_remaining(budget)) > budget.n_end:
                 warnings.warn(
                     f"{self.name}: training ended with {n} of {budget.label!r}, where {budget.n_end} should remain "
                     f"({self._step} optimizer steps were counted)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -118,9 +119,8 @@ class CPNAPruning(SparsityCallback):
                 raise ValueError(
                     f"targets: {pattern!r} is {wanted!r}; allowed is a count (int >= 1) or a density in (0, 1)"
                 )
-        for argument, value in (("schedule", schedule), ("score", score)):
-            if not (value is None or isinstance(value, str) or callable(value)):
-                raise ValueError(f"{argument} is {value!r}; allowed is a name, an object of ours or a function")
+        for argument, value, n_arguments in (("schedule", schedule, 3), ("score", score, 1)):
+            _check_function(argument, value, n_arguments)
         self.targets = targets
         self.schedule = schedule
         self.granularity: Granularity = granularity
@@ -162,10 +162,11 @@ class CPNAPruning(SparsityCallback):
         super().on_train_start(trainer, pl_module)
         total = trainer.estimated_stepping_batches
         schedule = resolved_schedule(self.schedule or Annealing(PRETRAINING, 1.0), total)
-        if pl_module.automatic_optimization and isinstance(schedule, Schedule) and 0 < total < schedule.end:
+        last = total - trainer.global_step + self._step
+        if pl_module.automatic_optimization and isinstance(schedule, Schedule) and total > 0 and last < schedule.end:
             warnings.warn(
-                f"{self.name}: the schedule ends at optimizer step {schedule.end}, but the run has {total:.0f}: its counts "
-                "will not be reached",
+                f"{self.name}: the schedule ends at optimizer step {schedule.end}, but the run has {last:.0f}: its counts "
+                "will not be reached; lower its end, give it as a fraction, or train longer",
                 stacklevel=2,
             )
 
@@ -254,8 +255,7 @@ class CPNAPruning(SparsityCallback):
 
     def _values(self, fit: Fit) -> dict[str, float]:
         layers = [layer for layer in fit.sparsity.report().layers if layer.name in fit.names]
-        connections, size = sum(layer.connections for layer in layers), sum(layer.size for layer in layers)
-        values: dict[str, float] = {"connections": connections, "density": connections / size}
+        values: dict[str, float] = {}
         for layer in layers:
             values |= {
                 f"{layer.name}/connections": layer.connections,
@@ -285,6 +285,21 @@ class CPNAPruning(SparsityCallback):
 def _check(argument: str, value: object, allowed: tuple[object, ...]) -> None:
     if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in allowed):
         raise ValueError(f"{argument} is {value!r}; allowed is one of {', '.join(map(repr, allowed))}")
+
+
+def _check_function(argument: str, value: object, n_arguments: int) -> None:
+    if value is None or (argument == "score" and isinstance(value, str)):
+        return
+    if isinstance(value, type) or not callable(value):
+        raise ValueError(f"{argument} is {value!r}; allowed is an instance of one of our classes, or a function")
+    try:
+        signature = inspect.signature(value)
+    except ValueError:  # a function written in C, which does not tell
+        return
+    try:
+        signature.bind(*range(n_arguments))
+    except TypeError:
+        raise ValueError(f"{argument} is {value!r}; allowed is a function of {n_arguments} argument(s)") from None
 
 
 def _score_of(score: ScoreKind | Score | ScoreFunction | None, granularity: Granularity) -> Score | ScoreFunction:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import binary_auroc
 
-from lightning_cpna import Annealing, CPNAPruning, Cubic, Geometric, OneShot, Score, ScoreInputs, sparsity_of
+from lightning_cpna import (
+    Annealing,
+    CPNAPruning,
+    Cubic,
+    Geometric,
+    Linear,
+    OneShot,
+    Score,
+    ScoreInputs,
+    infer_masks,
+    sparsity_of,
+)
 from tests.helpers import Classifier, SinglePrecision, data, tensorboard, trainer, weights
 
 
@@ -282,6 +294,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"normalize": "yes"}, "normalize is 'yes'; allowed"),
     ({"score": "hessian"}, "score is 'hessian'; allowed is one of magnitude, normalized"),
     ({"name": ""}, "name is ''"),
+    ({"schedule": "linear"}, "schedule is 'linear'; allowed is an instance of one of our classes, or a function"),
+    ({"schedule": Linear}, "schedule is <class .*Linear'>; allowed is an instance"),
+    ({"schedule": lambda step, n_start: 1}, r"schedule is .*; allowed is a function of 3 argument\(s\)"),
+    ({"score": lambda: 1}, r"score is .*; allowed is a function of 1 argument\(s\)"),
     ({"score": 3}, "score is 3; allowed"),
     ({"schedule": 100}, "schedule is 100; allowed"),
 ]
@@ -395,3 +411,46 @@ def test_weights_that_are_no_target_train_on() -> None:
     before = weights(model)
     trainer(CPNAPruning({"net.2.weight": 5}, schedule=Cubic(1, 10))).fit(model, data())
     assert not torch.equal(before["net.0.bias"], model.net[0].bias)
+
+
+def test_connections_are_logged_as_they_are_at_the_end_of_every_epoch_whatever_the_logging_interval() -> None:
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            names = ("connections", "density", "at_target")
+            seen.append([float(trainer.callback_metrics[f"cpna/{name}"]) for name in names])
+
+    schedule = Linear(0, 12)
+    trainer(CPNAPruning({"net.2.weight": 4}, schedule=schedule), Watch(), log_every_n_steps=50).fit(
+        Classifier(), data()
+    )
+    live = [schedule.n_remaining(4 * epoch, 16, 4) for epoch in range(1, 6)]
+    assert seen == [[n, n / 16, float(n == 4)] for n in live]
+
+
+def test_less_than_the_budget_is_at_the_target_and_no_miss() -> None:
+    model = Classifier()
+    first = CPNAPruning({"net.2.weight": 8}, schedule=OneShot(2), name="first")
+    second = CPNAPruning({"net.2.weight": 4}, schedule=OneShot(6), name="second")
+    fitting = trainer(first, second)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*training ended with.*")
+        fitting.fit(model, data())
+    assert (
+        float(fitting.callback_metrics["first/at_target"]) == float(fitting.callback_metrics["second/at_target"]) == 1
+    )
+    assert sparsity_of(model).masks["net.2.weight"].n_live == 4
+
+
+def test_a_sparse_network_trains_on_without_pruning_more() -> None:
+    model = Classifier()
+    trainer(CPNAPruning({"net.2.weight": 5}, schedule=OneShot(1))).fit(model, data())
+    loaded = Classifier()
+    loaded.load_state_dict(model.state_dict())
+    zeros = [parameter.detach() == 0 for parameter in loaded.net.parameters()]
+    sparsity_of(loaded).masks = infer_masks(loaded, ["net.*.weight"])
+    counts: dict[str, int | float] = {name: mask.n_live for name, mask in sparsity_of(loaded).masks.items()}
+    trainer(CPNAPruning(counts, schedule=OneShot(), normalize=False)).fit(loaded, data())
+    assert all(torch.equal(p == 0, zero) for p, zero in zip(loaded.net.parameters(), zeros, strict=True))
+    assert not torch.equal(loaded.net[2].weight, model.net[2].weight)
