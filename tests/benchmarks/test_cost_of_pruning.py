@@ -98,14 +98,16 @@ def lightnings(kind: type[pl.callbacks.ModelPruning], net: Any, layer: int, **op
 
 
 def test_masks_that_are_fixed_cost_at_most_5_percent_of_a_step_of_ten_million_weights() -> None:
+    # Nearly all live, so that all ways compute alike; what masking costs does not depend on how many live. With 90 % of the
+    # weights zero this machine's step itself took 15 % longer, without any callback too.
     ways: dict[str, Callable[[nn.Module], list[Any]]] = {
         "no callback": lambda net: [],
         "CPNAPruning": lambda net: [
-            CPNAPruning({"net.[02].weight": 0.1}, schedule=OneShot(1), score="magnitude", normalize=False)
+            CPNAPruning({"net.[02].weight": 0.999}, schedule=OneShot(1), score="magnitude", normalize=False)
         ],
         "ModelPruning": lambda net: [
-            *lightnings(pl.callbacks.ModelPruning, net, 0, amount=0.9),
-            *lightnings(pl.callbacks.ModelPruning, net, 2, amount=0.9),
+            *lightnings(pl.callbacks.ModelPruning, net, 0, amount=0.001),
+            *lightnings(pl.callbacks.ModelPruning, net, 2, amount=0.001),
         ],
     }
     ratios = compare("10M weights, fixed masks", large, 1024, ways, steps=20, skip=8, rounds=8)
