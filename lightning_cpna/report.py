@@ -164,9 +164,8 @@ def sparsity_report(
     layers = []
     for name, mask in masks.items():
         live = targets[name].axes.view(mask.live)  # (member, unit, input, *kernel)
-        groups = torch.stack(
-            live.chunk(targets[name].axes.groups, dim=1), dim=1
-        )  # (member, group, unit, input, *kernel)
+        n_groups = targets[name].axes.groups
+        groups = torch.stack(live.chunk(n_groups, dim=1), dim=1)  # (member, group, unit, input, *kernel)
         features = groups.movedim(3, 2).flatten(3).any(3)  # (member, group, input)
         units = live_units(masks, graph, targets, name)
         layers.append(

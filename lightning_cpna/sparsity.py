@@ -75,9 +75,8 @@ class Sparsity:
         self.calls: Calls = []
         self.untraced: str | None = None
         self.budgets: list[Budget] = []
-        self._known: dict[
-            tuple[str, Granularity], tuple[tuple[Mask, int], list[int]]
-        ] = {}  # counts of the present masks
+        # The counts, and the mask and its version of which they are the counts.
+        self._known: dict[tuple[str, Granularity], tuple[tuple[Mask, int], list[int]]] = {}
         self.find_targets(module)
 
     def find_targets(self, module: nn.Module) -> None:
@@ -219,10 +218,8 @@ class Sparsity:
             scores = scores.clamp(min=torch.finfo(scores.dtype).min)
         if self._is_listed(name, granularity):
             return scores.reshape(1, -1).index_select(1, mask.live_cells)
-        if granularity == "connection":
-            return scores.masked_fill(dead, -torch.inf).flatten(1)
         empty = ~any_in_group(~dead, granularity)
-        return group_norm(scores.masked_fill(dead, 0.0), granularity).masked_fill(empty, -torch.inf)
+        return group_norm(scores.masked_fill(dead, 0.0), granularity).masked_fill(empty, -torch.inf).flatten(1)
 
     def _keep_every_layer(self, budget: Budget, scores: list[Tensor], n: int) -> tuple[Tensor, float]:
         """Keep the ``n`` best, but of every layer at least the best one: no layer of a shared budget collapses."""
@@ -240,9 +237,10 @@ class Sparsity:
             stacklevel=4,
         )
         floored = rows.clone()
-        for part in (part for part in torch.split(floored, sizes, dim=1) if part.numel()):
-            best = part.max(dim=1, keepdim=True)
-            part.scatter_(1, best.indices, torch.where(best.values.isneginf(), best.values, torch.inf))
+        for part in torch.split(floored, sizes, dim=1):
+            if part.numel():
+                best = part.max(dim=1, keepdim=True)
+                part.scatter_(1, best.indices, torch.where(best.values.isneginf(), best.values, torch.inf))
         keep, _ = keep_top_rows(floored, n)
         return keep, float(rows[keep].min())
 
