@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -75,6 +76,10 @@ class Graph(Mapping[str, Layer]):
         """Return the layers that this one's units feed."""
         return [layer for layer in self.values() if (layer.weight, name) in self._columns]
 
+    def is_last(self, name: str) -> bool:
+        """Tell whether a layer's units are outputs of the network and feed nothing else."""
+        return self[name].is_output and not self.fed_by(name)
+
     def columns(self, consumer: str, producer: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return which inputs of ``consumer`` the units of ``producer`` feed, and by which unit (0-based), int64 ``(n,)``."""
         inputs, units = self._columns[consumer, producer]
@@ -116,13 +121,16 @@ class Graph(Mapping[str, Layer]):
     def outgoing_norm(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the norm of the weights that each unit feeds, ``(member, unit)``; reaching the output counts as 1."""
         layer = self[name]
-        w = layer.axes.view(tensors[name])
-        squares = torch.full(w.shape[:2], float(layer.is_output), dtype=_wide_type(w), device=w.device)
+        squares = []
         for consumer in self.fed_by(name):
             v = _wide(consumer.axes.view(tensors[consumer.weight]))  # (member, unit, input, *kernel)
             per_input = v.square().sum([1, *range(3, v.ndim)])  # (member, input)
-            squares += self.at_units(per_input, consumer.weight, name)
-        return squares.sqrt_()
+            squares.append(self.at_units(per_input, consumer.weight, name))
+        if layer.is_output or not squares:
+            w = layer.axes.view(tensors[name])
+            own = torch.full(w.shape[:2], float(layer.is_output), dtype=_wide_type(w), device=w.device)
+            squares.append(own)
+        return functools.reduce(torch.add, squares).sqrt()
 
     def feeding_norm(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return for each input of a layer the norm of the unit that feeds it, ``(member, input)``; 1 where none does."""

@@ -60,14 +60,13 @@ def keep_top_rows(rows: Tensor, n: int) -> tuple[Tensor, float]:
     Returns:
         Bool tensor ``(member, cell)``, and the lowest score that stays.
     """
-    if math.isnan(float(rows.numpy().max() if rows.is_cpu else rows.max())):
-        n_nan = int(torch.isnan(rows).sum())
-        raise ValueError(f"scores: {n_nan} of {rows.numel()} are NaN; pruning would be arbitrary")
     if n == 0:
+        _refuse_nan(rows)
         return torch.zeros_like(rows, dtype=torch.bool), torch.inf
-    keep, threshold = _at_least_the_nth(rows, n)
-    lowest = float(threshold.min())
-    if count_true(keep) == n * len(rows) and lowest > -torch.inf:
+    keep, threshold, n_kept, lowest = _at_least_the_nth(rows, n)
+    if math.isnan(lowest):
+        _refuse_nan(rows)
+    if n_kept == n * len(rows) and lowest > -torch.inf:
         return keep, lowest
     alive, above, tied = rows > -torch.inf, rows > threshold, rows == threshold
     wanted = alive.sum(1, keepdim=True).clamp(max=n)
@@ -75,15 +74,27 @@ def keep_top_rows(rows: Tensor, n: int) -> tuple[Tensor, float]:
     return keep, float(rows.masked_fill(~keep, torch.inf).min())
 
 
-def _at_least_the_nth(rows: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Mark what is at least the ``n``-th largest of its row, and return that, ``(member, 1)``."""
+def _refuse_nan(rows: Tensor) -> None:
+    if n_nan := int(torch.isnan(rows).sum()):
+        raise ValueError(f"scores: {n_nan} of {rows.numel()} are NaN; pruning would be arbitrary")
+
+
+def _at_least_the_nth(rows: Tensor, n: int) -> tuple[Tensor, Tensor, int, float]:
+    """Mark what is at least the ``n``-th largest of its row.
+
+    Returns:
+        The marks, that score ``(member, 1)``, the number of marks, and the lowest of those scores, NaN if any score is.
+    """
     position = rows.shape[1] - n
     if not rows.is_cpu:
         nth = torch.kthvalue(rows, position + 1, dim=1, keepdim=True).values
-        return rows >= nth, nth
+        keep = rows >= nth
+        return keep, nth, int(keep.sum()), float(torch.where(rows.isnan().any(), torch.nan, nth.min()))
     scores = rows.numpy()  # NumPy's selection and comparison take a tenth of torch's time
     threshold = np.partition(scores, position, axis=1)[:, position, None]
-    return torch.from_numpy(scores >= threshold), torch.from_numpy(threshold)
+    marks = scores >= threshold
+    lowest = float(threshold.min()) if not np.isnan(scores.max()) else math.nan
+    return torch.from_numpy(marks), torch.from_numpy(threshold), int(np.count_nonzero(marks)), lowest
 
 
 def _unrow(rows: Tensor, like: Tensor, member_axis: int) -> Tensor:
@@ -151,7 +162,8 @@ class Mask:
         Returns:
             The cells that went.
         """
-        gone, stays = pick(self.live_cells, ~keep), pick(self.live_cells, keep)
+        cells = self.live_cells
+        gone, stays = pick(cells, ~keep), pick(cells, keep)
         self._remove(gone, n=len(gone))
         self._live_cells = stays
         return gone

@@ -90,7 +90,8 @@ def rescale_(
     for name in sorted(producers, key=list(graph).index):
         layer = graph[name]
         norm = graph.incoming_norm(name, tensors)  # (member, unit)
-        norm.masked_fill_(~(norm > torch.finfo(norm.dtype).tiny), 1.0)
+        norm.nan_to_num_(1.0, posinf=torch.inf)
+        nn.functional.threshold(norm, torch.finfo(norm.dtype).tiny, 1.0, inplace=True)  # 1 where it is not above tiny
         inverse = norm.reciprocal()
         scales = [(name, layer.axes.view(tensors[name]), 1, inverse)]
         if layer.bias is not None:

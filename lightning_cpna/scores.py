@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -68,18 +69,19 @@ class Score:
             inputs: What is known of the weight.
 
         Returns:
-            Float tensor of shape ``(member, unit, input, *kernel)``, larger is more salient.
+            Float tensor of the shape of ``inputs.weight``, larger is more salient.
         """
-        w = inputs.weight.abs()  # (member, unit, input, *kernel)
+        w = inputs.weight.abs()
         if self.kind == "normalized":
-            return w.mul_(_along(inputs.feeding_norm, 2, w))
+            return w.mul_(inputs.along_inputs(inputs.feeding_norm))
         if self.kind == "path":
-            paths = w.mul_(_along(inputs.outgoing_norm, 1, w))
+            if not inputs.traced("path").is_last(inputs.target.name):
+                w.mul_(inputs.along_units(inputs.outgoing_norm))
             if self.exponent == 0:
-                return paths
-            group = group_norm(paths, "feature")  # (member, input)
-            largest = group.amax(1, keepdim=True).clamp(min=torch.finfo(group.dtype).tiny)
-            return paths.mul_(_along((group / largest) ** self.exponent, 2, w))
+                return w
+            squares = inputs.sum_of_inputs(w.square())  # (member, input)
+            largest = squares.amax(1, keepdim=True).clamp_(min=torch.finfo(squares.dtype).tiny)
+            return w.mul_(inputs.along_inputs(squares.div_(largest).pow_(self.exponent / 2)))
         if self.kind == "gradient":
             return w * inputs.gradient.abs()
         if self.kind == "random":
@@ -99,18 +101,24 @@ class ScoreInputs:
         tensors: All parameters of the module by canonical name.
         graph: The traced layers, or None if the module could not be traced.
         generator: A seeded CPU generator for scores that draw.
+        cells: Which connections a ``Score`` is asked for, as cells of the flattened parameter, whose axes must be
+            ``(unit, input, *kernel)``; None, and always so for a function, is all.
     """
 
     target: Target
     tensors: Mapping[str, nn.Parameter]
     graph: Graph | None
     generator: torch.Generator
+    cells: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
-        """The weight, ``(member, unit, input, *kernel)``, in float32 or better."""
-        w = self.target.axes.view(self.target.parameter.detach())
-        return w.to(torch.promote_types(w.dtype, torch.float32))
+        """The weight, ``(member, unit, input, *kernel)``, or ``(cell,)`` if there are ``cells``; in float32 or better."""
+        return self._read(self.target.parameter.detach())
+
+    def _read(self, tensor: Tensor) -> Tensor:
+        read = self.target.axes.view(tensor) if self.cells is None else tensor.flatten().index_select(0, self.cells)
+        return read.to(torch.promote_types(read.dtype, torch.float32))
 
     @property
     def gradient(self) -> Tensor:
@@ -125,7 +133,7 @@ class ScoreInputs:
                 f"score: {self.target.name!r} has no gradient at the end of the batch; call zero_grad() before the "
                 "backward pass instead of after the step, or choose a score that needs no gradient"
             )
-        return self.target.axes.view(gradient).to(self.weight.dtype)
+        return self._read(gradient)
 
     @property
     def feeding_norm(self) -> Tensor:
@@ -136,6 +144,30 @@ class ScoreInputs:
     def outgoing_norm(self) -> Tensor:
         """The norm of the weights that each unit feeds, ``(member, unit)``; 1 for outputs of the network."""
         return self.traced("path").outgoing_norm(self.target.name, self.tensors)
+
+    def along_units(self, values: Tensor) -> Tensor:
+        """Lay values of the units, ``(member, unit)``, along the connections, so that they broadcast to ``weight``."""
+        if self.cells is None:
+            return _along(values, 1, self.target)
+        shape = self.target.parameter.shape
+        return values[0].index_select(0, self.cells // math.prod(shape[1:]))
+
+    def along_inputs(self, values: Tensor) -> Tensor:
+        """Lay values of the inputs, ``(member, input)``, along the connections, so that they broadcast to ``weight``."""
+        if self.cells is None:
+            return _along(values, 2, self.target)
+        return values[0].index_select(0, self._inputs_of(self.cells))
+
+    def sum_of_inputs(self, values: Tensor) -> Tensor:
+        """Sum values of the connections, in the shape of ``weight``, over those of each input: ``(member, input)``."""
+        if self.cells is None:
+            return values.sum([1, *range(3, values.ndim)])
+        sums = values.new_zeros(1, self.target.parameter.shape[1])
+        return sums.index_add_(1, self._inputs_of(self.cells), values[None])
+
+    def _inputs_of(self, cells: Tensor) -> Tensor:
+        shape = self.target.parameter.shape
+        return cells // math.prod(shape[2:]) % shape[1]
 
     def traced(self, kind: str) -> Graph:
         """Return the graph, which knows what a kind of score must know."""
@@ -163,11 +195,11 @@ def any_in_group(live: Tensor, granularity: Granularity) -> Tensor:
     return (live.movedim(2, 1) if granularity == "feature" else live).flatten(2).any(2)
 
 
-def _along(vector: Tensor, axis: int, w: Tensor) -> Tensor:
+def _along(vector: Tensor, axis: int, target: Target) -> Tensor:
     """Shape ``(member, n)`` so that it broadcasts along an axis of ``(member, unit, input, *kernel)``."""
-    shape = [1] * w.ndim
+    shape = [1] * target.axes.view(target.parameter).ndim
     shape[0], shape[axis] = vector.shape
-    return vector.to(w).view(shape)
+    return vector.view(shape)
 
 
 def group_norm(scores: Tensor, granularity: Granularity) -> Tensor:

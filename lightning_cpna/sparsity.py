@@ -191,10 +191,10 @@ class Sparsity:
         generator = generator or torch.Generator().manual_seed(getattr(score, "seed", 0))
         scores = [self._candidates(name, budget.granularity, score, generator) for name in budget.names]
         decision, lowest = self._keep_every_layer(budget, scores, n)
-        sizes = [candidates.shape[1] for candidates in scores]
-        for name, keep in zip(budget.names, torch.split(agree(decision), sizes, dim=1), strict=True):
+        keeps = torch.split(agree(decision), [candidates.shape[1] for candidates in scores], dim=1)
+        for name, keep in zip(budget.names, keeps, strict=True):
             if self._is_listed(name, budget.granularity):
-                self._zero_(name, self.masks[name].keep_(keep.flatten()), optimizers)
+                self._zero_(name, self.masks[name].keep_(keep[0]), optimizers)
             else:
                 self._remove_groups_(name, ~keep, budget.granularity, optimizers)
         return lowest
@@ -210,13 +210,15 @@ class Sparsity:
         """Score what may go, ``(member, candidate)``; ``-inf`` marks what went before."""
         target = self.targets[name]
         self.masks.add(name, target.parameter)
-        mask = self.masks[name]
+        mask, is_listed = self.masks[name], self._is_listed(name, granularity)
+        if is_listed and isinstance(score, Score):
+            return score(ScoreInputs(target, self.tensors, self.graph, generator, mask.live_cells))[None]
         scores = score(ScoreInputs(target, self.tensors, self.graph, generator))
         dead = target.axes.view(mask.dead)  # (member, unit, input, *kernel)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).expand(dead.shape)
         if not isinstance(score, Score):  # a function may answer -inf, which must not mean that a connection is dead
             scores = scores.clamp(min=torch.finfo(scores.dtype).min)
-        if self._is_listed(name, granularity):
+        if is_listed:
             return scores.reshape(1, -1).index_select(1, mask.live_cells)
         empty = ~any_in_group(~dead, granularity)
         return group_norm(scores.masked_fill(dead, 0.0), granularity).masked_fill(empty, -torch.inf).flatten(1)

@@ -370,3 +370,24 @@ def test_the_group_aware_exponent_of_a_grouped_convolution_is_refused() -> None:
     Score("path").check(inputs)
     with pytest.raises(ValueError, match=r"exponent is 2\.0, but '0\.weight' is grouped"):
         Score("path", exponent=2.0).check(inputs)
+
+
+@pytest.mark.parametrize(("case_name", "name"), [layer for layer in LAYERS if not layer[0].startswith("stacked")])
+@pytest.mark.parametrize(
+    "score",
+    [Score("magnitude"), Score("normalized"), Score("path"), Score("path", exponent=3.0), Score("gradient")],
+    ids=lambda score: f"{score.kind}-{score.exponent:.0f}",
+)
+def test_scores_of_listed_connections_are_those_of_all_where_the_others_are_zero(
+    case_name: str, name: str, score: Score
+) -> None:
+    case = CASES[case_name]()
+    inputs = case.inputs(name)
+    weight = inputs.target.parameter
+    dead = torch.rand(weight.shape) < 0.4
+    weight.data.masked_fill_(dead, 0.0)
+    weight.grad = torch.randn_like(weight)
+    cells = (~dead).flatten().nonzero().flatten()
+    listed = score(replace(inputs, cells=cells))
+    assert listed.shape == cells.shape
+    torch.testing.assert_close(listed, score(inputs).flatten()[cells], rtol=1e-12, atol=0)
