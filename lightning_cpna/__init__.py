@@ -1,16 +1,18 @@
 """Sparse training for PyTorch Lightning: prune, rewire, rewind and explain any LightningModule."""
 
-from lightning_cpna.callbacks import CPNAPruning
+from lightning_cpna.activations import UnitActivity, Watch, mean_replacement_penalties, observe
+from lightning_cpna.callbacks import CPNAPruning, NeuronPruning
 from lightning_cpna.graph import Graph
 from lightning_cpna.masks import Masks, infer_masks, keep_top
 from lightning_cpna.plots import Connectivity, connectivity, plot_connectivity, plot_schedule
 from lightning_cpna.report import LayerReport, SparsityReport
 from lightning_cpna.rescale import rescale_
-from lightning_cpna.schedules import Annealing, Cubic, Geometric, Linear, OneShot, Schedule
+from lightning_cpna.schedules import Annealing, Cubic, EpochFraction, Geometric, Linear, OneShot, Schedule
 from lightning_cpna.scores import Score, ScoreInputs
 from lightning_cpna.sparsity import Budget, Sparsity, sparsity_of
 from lightning_cpna.targets import Axes, Target
 from lightning_cpna.tracing import trace
+from lightning_cpna.unit_scores import UnitInputs, UnitScore
 
 __version__ = "0.1.0"
 
@@ -21,11 +23,13 @@ __all__ = [
     "CPNAPruning",
     "Connectivity",
     "Cubic",
+    "EpochFraction",
     "Geometric",
     "Graph",
     "LayerReport",
     "Linear",
     "Masks",
+    "NeuronPruning",
     "OneShot",
     "Schedule",
     "Score",
@@ -33,9 +37,15 @@ __all__ = [
     "Sparsity",
     "SparsityReport",
     "Target",
+    "UnitActivity",
+    "UnitInputs",
+    "UnitScore",
+    "Watch",
     "connectivity",
     "infer_masks",
     "keep_top",
+    "mean_replacement_penalties",
+    "observe",
     "plot_connectivity",
     "plot_schedule",
     "rescale_",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +60,31 @@ class Graph(Mapping[str, Layer]):
             if len(units) == len(self[producer].units) == len(self[consumer].sources)
             and torch.equal(units, torch.arange(len(units), device=units.device))
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the graph as CPU tensors and Python primitives."""
+        layers = []
+        for layer in self.values():
+            fields = dict(vars(layer))
+            fields |= {"axes": dataclasses.asdict(layer.axes), "units": [layer.units.start, layer.units.stop]}
+            layers.append({**fields, "sources": layer.sources.cpu(), "obstacles": list(layer.obstacles)})
+        return {"layers": layers}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Graph:
+        """Build the graph that ``state_dict`` describes.
+
+        Example:
+            >>> layer = Layer("w", None, Axes(), range(2), torch.tensor([-1, -1, -1]), is_output=True)
+            >>> Graph.from_state_dict(Graph([layer]).state_dict())["w"].units
+            range(0, 2)
+        """
+        return cls(
+            [
+                Layer(**{**layer, "axes": Axes(**layer["axes"]), "units": range(*layer["units"])})
+                for layer in state["layers"]
+            ]
+        )
 
     def __getitem__(self, name: str) -> Layer:
         return self._layers[name]

@@ -189,6 +189,47 @@ class OneShot(Schedule):
         super().__post_init__()
 
 
+@dataclass(frozen=True)
+class EpochFraction:
+    """The same fraction of what is left, after each of some epochs (NPSET: 0.04 after epochs 10 to 50).
+
+    ``n -= int(alpha * n)``, so that a layer's last one always stays.
+
+    Attributes:
+        alpha: The fraction.
+        first: The first epoch (from 0) after which some are removed.
+        last: The last one.
+
+    Example:
+        >>> npset = EpochFraction(alpha=0.04, first=10, last=50)
+        >>> [npset.n_remaining(epoch, n_start=1000) for epoch in (9, 10, 11, 50)]
+        [1000, 960, 922, 198]
+    """
+
+    alpha: float = 0.04
+    first: int = 10
+    last: int = 50
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < 1:
+            raise ValueError(f"alpha is {self.alpha}; allowed is a float in (0, 1)")
+        if type(self.first) is not int or self.first < 0:
+            raise ValueError(f"first is {self.first}; allowed is an epoch (int >= 0)")
+        if type(self.last) is not int or self.last < self.first:
+            raise ValueError(f"last is {self.last}; allowed is {self.first} (first) or a later epoch")
+
+    def n_remaining(self, epoch: int, n_start: int) -> int:
+        """Return how many remain after an epoch (from 0)."""
+        n = n_start
+        for _ in range(self.first, min(epoch, self.last) + 1):
+            n -= int(self.alpha * n)
+        return n
+
+    def __call__(self, epoch: int, n_start: int, n_end: int) -> int:
+        """Be a schedule function, of epochs: ``n_remaining``, but not below ``n_end``."""
+        return max(n_end, self.n_remaining(epoch, n_start))
+
+
 def resolved_schedule(schedule: Schedule | ScheduleFunction, total_steps: float) -> Schedule | ScheduleFunction:
     """Turn fractions of the run into steps; a plain function counts steps already."""
     return schedule.resolved(total_steps) if isinstance(schedule, Schedule) else schedule

@@ -151,12 +151,12 @@ class Sparsity:
     def _counts_of(self, name: str, granularity: Granularity, without: Tensor | None) -> list[int]:
         mask, axes = self.masks[name], self.targets[name].axes
         if without is not None:
-            return _count_groups(axes.view(mask.live & ~without), granularity)
+            return _count_groups(axes.view(_there(mask, granularity) & ~without), granularity)
         if granularity == "connection" and axes.member is None:
             return [mask.n_live]
         key, made = (name, granularity), (mask, mask.version)
         if key not in self._known or self._known[key][0] != made:
-            self._known[key] = (made, _count_groups(axes.view(mask.live), granularity))
+            self._known[key] = (made, _count_groups(axes.view(_there(mask, granularity)), granularity))
         return self._known[key][1]
 
     @torch.no_grad()
@@ -186,17 +186,68 @@ class Sparsity:
         Raises:
             ValueError: If fewer than ``n`` remain, a score is NaN, or the score needs something that is not there.
         """
-        if n > (remaining := self.n_remaining(budget)):
-            raise ValueError(f"n is {n}; allowed is what remains of {budget.label!r}, {remaining}, or less")
         generator = generator or torch.Generator().manual_seed(getattr(score, "seed", 0))
         scores = [self._candidates(name, budget.granularity, score, generator) for name in budget.names]
+        return self._keep_best_(budget, n, scores, optimizers, agree)
+
+    @torch.no_grad()
+    def prune_units_(
+        self,
+        budget: Budget,
+        n: int,
+        scores: Mapping[str, Tensor],
+        *,
+        means: Mapping[str, Tensor] | None = None,
+        optimizers: Iterable[Optimizer] = (),
+        agree: Callable[[Tensor], Tensor] = lambda keep: keep,
+    ) -> float:
+        """Remove for good, in place, all but the ``n`` best units of a budget, with what they are fed and what they feed.
+
+        Args:
+            budget: Which layers; its granularity is "unit".
+            n: How many stay, exactly (of each member).
+            scores: The score of each unit, ``(member, unit)``, by weight name (from a ``UnitScore``).
+            means: The mean of each input of the layers that the units feed, ``(input,)``, by weight name (from
+                ``Watch.means``); what a removed unit fed them in the mean goes into their biases. None: it is lost.
+            optimizers: Whose moments of the removed connections are set to zero.
+            agree: Given the decision (bool), answers the one that every process takes.
+
+        Returns:
+            The lowest score that stayed.
+
+        Raises:
+            ValueError: If fewer than ``n`` remain, a score is NaN, the units' readers are not all known, or one of them
+                has no bias that could take the mean.
+        """
+        candidates = []
+        for name in budget.names:
+            self.with_removable_units(name)
+            gone = self.targets[name].axes.view(self.masks[name].removed).flatten(2).all(2)  # (member, unit)
+            wide = scores[name].to(gone.device, torch.promote_types(scores[name].dtype, torch.float32))
+            candidates.append(
+                wide.expand(gone.shape).clamp(min=torch.finfo(wide.dtype).min).masked_fill(gone, -torch.inf)
+            )
+        return self._keep_best_(budget, n, candidates, optimizers, agree, means)
+
+    def _keep_best_(
+        self,
+        budget: Budget,
+        n: int,
+        scores: list[Tensor],
+        optimizers: Iterable[Optimizer],
+        agree: Callable[[Tensor], Tensor],
+        means: Mapping[str, Tensor] | None = None,
+    ) -> float:
+        """Remove all but the ``n`` best candidates, ``(member, candidate)`` of each layer; return the lowest that stayed."""
+        if n > (remaining := self.n_remaining(budget)):
+            raise ValueError(f"n is {n}; allowed is what remains of {budget.label!r}, {remaining}, or less")
         decision, lowest = self._keep_every_layer(budget, scores, n)
         keeps = torch.split(agree(decision), [candidates.shape[1] for candidates in scores], dim=1)
         for name, keep in zip(budget.names, keeps, strict=True):
             if self._is_listed(name, budget.granularity):
                 self._zero_(name, self.masks[name].keep_(keep[0]), optimizers)
             else:
-                self._remove_groups_(name, ~keep, budget.granularity, optimizers)
+                self._remove_groups_(name, ~keep, budget.granularity, optimizers, means)
         return lowest
 
     def _is_listed(self, name: str, granularity: Granularity) -> bool:
@@ -220,7 +271,7 @@ class Sparsity:
             scores = scores.clamp(min=torch.finfo(scores.dtype).min)
         if is_listed:
             return scores.reshape(1, -1).index_select(1, mask.live_cells)
-        empty = ~any_in_group(~dead, granularity)
+        empty = ~any_in_group(target.axes.view(_there(mask, granularity)), granularity)
         return group_norm(scores.masked_fill(dead, 0.0), granularity).masked_fill(empty, -torch.inf).flatten(1)
 
     def _keep_every_layer(self, budget: Budget, scores: list[Tensor], n: int) -> tuple[Tensor, float]:
@@ -247,13 +298,20 @@ class Sparsity:
         return keep, float(rows[keep].min())
 
     def _remove_groups_(
-        self, name: str, gone: Tensor, granularity: Granularity, optimizers: Iterable[Optimizer]
+        self,
+        name: str,
+        gone: Tensor,
+        granularity: Granularity,
+        optimizers: Iterable[Optimizer],
+        means: Mapping[str, Tensor] | None,
     ) -> None:
         """Remove groups of connections, bool ``(member, group)``."""
         where = torch.empty_like(self.masks[name].dead)
         view = self.targets[name].axes.view(where)  # (member, unit, input, *kernel)
         view.copy_(ungroup(gone, granularity, view))
         if granularity == "unit":
+            if means is not None:
+                self.propagate_means_(name, gone, means)
             self._remove_outgoing_(name, gone, optimizers)
         self.remove_(name, where, optimizers)
 
@@ -275,6 +333,36 @@ class Sparsity:
         else:
             return graph
         raise ValueError(f"granularity='unit': the units of {name!r} cannot be removed: {why}")
+
+    def propagate_means_(self, name: str, units: Tensor, means: Mapping[str, Tensor]) -> None:
+        """Add what some units feed in the mean to the biases of the layers that read them, in place (bias propagation).
+
+        The outputs are then what they would be if the units were replaced by their means; for convolutions that pad, so
+        only away from the borders, where the padding stands for the unit's zeros, not for its mean.
+
+        Args:
+            name: The units' layer.
+            units: Which units, bool ``(member, unit)``.
+            means: The mean of each input of the layers that read them, ``(input,)``, by weight name.
+
+        Raises:
+            ValueError: If one of those layers has no bias.
+        """
+        graph = self.with_removable_units(name)
+        for consumer in graph.fed_by(name):
+            if consumer.bias is None:
+                raise ValueError(
+                    f"compensate='mean': {consumer.weight!r}, which reads the units of {name!r}, has no bias to which "
+                    "their mean could be added; allowed is compensate=None, or bias=True in that layer"
+                )
+            w = consumer.axes.view(self.tensors[consumer.weight])  # (member, unit, input, *kernel)
+            read = graph.at_inputs(units, consumer.weight, name, default=False)  # (member, input)
+            given = w.flatten(3).sum(3) if w.ndim > 3 else w  # (member, unit, input)
+            shift = torch.einsum("mui,mi->mu", given, torch.where(read, means[consumer.weight].to(given), 0.0))
+            bias = self.tensors[consumer.bias]
+            consumer.axes.view_bias(bias).add_(shift)
+            if consumer.bias in self.masks:
+                self.masks[consumer.bias].apply_(bias)
 
     def _remove_outgoing_(self, name: str, units: Tensor, optimizers: Iterable[Optimizer]) -> None:
         """Remove the connections that some units (bool, ``(member, unit)``) feed."""
@@ -340,6 +428,11 @@ class Sparsity:
         own = [b for b in self.budgets if len(b.names) == 1 and b.granularity == "connection"]
         wanted = {budget.names[0]: budget.n_end for budget in own}
         return sparsity_report(self.masks, self.targets, self.graph, wanted)
+
+
+def _there(mask: Mask, granularity: Granularity) -> Tensor:
+    """Mark what counts: a connection while it lives, one of a feature or unit while it is not removed for good."""
+    return mask.live if granularity == "connection" else ~mask.removed
 
 
 def _count_groups(live: Tensor, granularity: Granularity) -> list[int]:

@@ -1,12 +1,13 @@
 import dataclasses
 import math
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_cpna import Annealing, Cubic, Geometric, Linear, OneShot, Schedule
+from lightning_cpna import Annealing, Cubic, EpochFraction, Geometric, Linear, OneShot, Schedule
 from lightning_cpna.schedules import n_remaining, resolved_schedule
 
 SIZES = st.tuples(st.integers(1, 5000), st.integers(1, 5000)).map(lambda pair: (max(pair), min(pair)))
@@ -211,3 +212,53 @@ def test_asking_a_schedule_through_the_function_is_asking_it() -> None:
     assert [n_remaining(schedule, step, 99, 4) for step in range(50)] == [
         schedule.n_remaining(step, 99, 4) for step in range(50)
     ]
+
+
+# Data set, width of both hidden layers, features, neurons that remain (NPSET's Table 3; neurons are inputs and hidden ones).
+NPSET = [
+    ("Leukemia", 7070, 7000, 9710),
+    ("PCMAC", 3289, 3000, 4435),
+    ("Lung-discrete", 325, 300, 457),
+    ("gisette", 5000, 5000, 6892),
+    ("lung", 3312, 3000, 4458),
+    ("CLL-SUB-111", 11340, 11000, 15488),
+    ("Carcinom", 9182, 9000, 12580),
+    ("orlraws10P", 10304, 10000, 14072),
+    ("TOX-171", 5748, 5000, 7640),
+    ("Prostate-GE", 5966, 5000, 7858),
+    ("arcene", 10000, 10000, 13768),
+    ("madelon", 500, 1000, 896),
+    ("Yale", 1024, 1000, 1420),
+    ("GLIOMA", 4434, 4000, 5956),
+    ("RELATHE", 4322, 4000, 5844),
+]
+
+
+@pytest.mark.parametrize(("features", "hidden", "neurons"), [row[1:] for row in NPSET], ids=[row[0] for row in NPSET])
+def test_the_fraction_leaves_the_neurons_of_npsets_table_3(features: int, hidden: int, neurons: int) -> None:
+    assert features + 2 * EpochFraction(0.04, first=10, last=50).n_remaining(60, hidden) == neurons
+
+
+@pytest.mark.parametrize("epoch", [0, 3, 5, 9])
+def test_a_fraction_is_taken_of_what_is_left_and_rounded_down(epoch: int) -> None:
+    n = 40
+    for i in range(10):
+        if 2 <= i <= 6 and i <= epoch:
+            n = n - math.floor(n * 3 / 10)
+    schedule = EpochFraction(0.3, first=2, last=6)
+    assert schedule.n_remaining(epoch, 40) == n
+    assert schedule(epoch, 40, 20) == max(20, n)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"alpha": 0.0}, r"alpha is 0\.0; allowed is a float in \(0, 1\)"),
+        ({"alpha": 1.0}, "alpha is 1.0"),
+        ({"first": -1}, "first is -1; allowed is an epoch"),
+        ({"first": 3, "last": 2}, r"last is 2; allowed is 3 \(first\) or a later epoch"),
+    ],
+)
+def test_a_fraction_that_makes_no_sense_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EpochFraction(**arguments)

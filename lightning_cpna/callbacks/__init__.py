@@ -1,5 +1,6 @@
 """The callbacks."""
 
 from lightning_cpna.callbacks.cpna import CPNAPruning
+from lightning_cpna.callbacks.neurons import NeuronPruning
 
-__all__ = ["CPNAPruning"]
+__all__ = ["CPNAPruning", "NeuronPruning"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_cpna._lightning import Callback, LightningModule, Trainer
+from lightning_cpna.activations import Watch
 from lightning_cpna.callbacks.capture import Capture, few_rows
 from lightning_cpna.cells import cells_of, pack, unpack
 from lightning_cpna.moments import is_elementwise, optimizer_of, zero_moments_
@@ -40,6 +42,9 @@ class Fit:
         planned: Whether it is decided what will be done when.
         logged_at_target: What was logged last.
         averaged_live: How many connections lived when averages of the weights were masked last.
+        watch: What the units did, for callbacks that ask.
+        watching: Open while a batch is watched.
+        batch: The batch that is watched, and its index.
     """
 
     trainer: Trainer
@@ -53,6 +58,9 @@ class Fit:
     planned: bool = False
     logged_at_target: bool | None = None
     averaged_live: int = -1
+    watch: Watch | None = None
+    watching: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    batch: tuple[Any, int] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -64,6 +72,7 @@ class Fit:
         for handle in self.handles:
             handle.remove()
         self.handles = []
+        self.watching.close()
         if self.capture is not None:
             self.capture.close()
             self.capture = None
@@ -305,6 +314,8 @@ class SparsityCallback(Callback):
         if (capture := fit.capture) is None:
             return
         fit.capture = None
+        for callback in _ours(fit.trainer):  # the copy that is traced must not have the hooks
+            callback._running().watching.close()
         sparsity, new = fit.sparsity, capture.finish()
         for calls in ([*sparsity.calls, *few_rows(new)], [*sparsity.calls, *new]):  # some cannot do with fewer rows
             try:
@@ -312,7 +323,8 @@ class SparsityCallback(Callback):
             except Exception as error:  # the network is the user's; whoever needs the graph says this again
                 sparsity.untraced = f"{type(error).__name__}: {error}"
                 continue
-            if sparsity.graph is None or len(graph) > len(sparsity.graph):
+            # A graph without calls is from a checkpoint.
+            if sparsity.graph is None or not sparsity.calls or len(graph) > len(sparsity.graph):
                 sparsity.graph, sparsity.calls = graph, calls
                 for callback in _ours(fit.trainer):
                     if (other := callback._running()).planned:

@@ -30,11 +30,7 @@ class Capture:
         self._calls: list[tuple[str, Call]] = []
         self._depth = 0
         self._context = contextlib.ExitStack()
-        if any(_is_compiled(m) for m in module.modules()):
-            if not hasattr(torch.compiler, "set_stance"):
-                raise RuntimeError("tracing a module under torch.compile needs torch >= 2.6; upgrade torch")
-            # The hooks must not end up in a compiled graph: a batch that is watched runs eagerly.
-            self._context.enter_context(torch.compiler.set_stance("force_eager"))
+        self._context.enter_context(running_eagerly(module))
         wanted = set(map(id, parameters))
         for path, part in module.named_modules():
             if not wanted.isdisjoint(map(id, part.parameters())):
@@ -64,6 +60,16 @@ class Capture:
     def close(self) -> None:
         """Stop recording."""
         self._context.close()
+
+
+def running_eagerly(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Run compiled parts of a module eagerly for a while, so that hooks do not end up in a compiled graph."""
+    if not any(_is_compiled(part) for part in module.modules()):
+        return contextlib.nullcontext()
+    if not hasattr(torch.compiler, "set_stance"):
+        raise RuntimeError("watching a module under torch.compile needs torch >= 2.6; upgrade torch")
+    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def _is_redirected(module: nn.Module) -> bool:

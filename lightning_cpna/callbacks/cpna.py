@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from lightning_cpna._lightning import LightningModule, Trainer
-from lightning_cpna.callbacks.base import Fit, SparsityCallback, agree
+from lightning_cpna.callbacks.base import Fit, agree
+from lightning_cpna.callbacks.scheduled import ScheduledPruning, check_choice, check_function, check_targets
 from lightning_cpna.graph import Graph
-from lightning_cpna.plots import connectivity, log_figure, plot_connectivity
 from lightning_cpna.rescale import Moments, rescalable, rescale_, verify_rescaling
-from lightning_cpna.schedules import Annealing, Geometric, Schedule, ScheduleFunction, n_remaining, resolved_schedule
+from lightning_cpna.schedules import Annealing, Geometric, Schedule, ScheduleFunction, resolved_schedule
 from lightning_cpna.scores import Granularity, Score, ScoreFunction, ScoreInputs, ScoreKind
 from lightning_cpna.sparsity import Budget, Scope, Sparsity
 
@@ -51,7 +49,7 @@ class Stage:
         return bool(self.producers) and inside and (step - start) % every == 0
 
 
-class CPNAPruning(SparsityCallback):
+class CPNAPruning(ScheduledPruning):
     """Anneal connections, input features or units down to an exact number while the network trains.
 
     With nothing but ``targets`` it does what works: it trains the wide network for a quarter of the run, then normalises
@@ -103,56 +101,20 @@ class CPNAPruning(SparsityCallback):
         scope: Scope = "layer",
         name: str = "cpna",
     ) -> None:
-        super().__init__(name)
-        _check("granularity", granularity, ("connection", "feature", "unit"))
-        _check("scope", scope, ("layer", "shared"))
-        _check("normalize", normalize, (True, False, "transform", "reset", None))
-        if not isinstance(targets, Mapping):
-            raise ValueError(f"targets is {targets!r}; allowed is a dict from parameter name to what should remain")
-        if not targets:
-            raise ValueError(
-                "targets is empty; allowed is at least one parameter name with the count that should remain"
-            )
-        for pattern, wanted in targets.items():
-            valid = (0.0 < wanted < 1.0) if isinstance(wanted, float) else (type(wanted) is int and wanted >= 1)
-            if not valid:
-                raise ValueError(
-                    f"targets: {pattern!r} is {wanted!r}; allowed is a count (int >= 1) or a density in (0, 1)"
-                )
-        for argument, value, n_arguments in (("schedule", schedule, 3), ("score", score, 1)):
-            _check_function(argument, value, n_arguments)
+        check_choice("granularity", granularity, ("connection", "feature", "unit"))
+        check_choice("scope", scope, ("layer", "shared"))
+        check_choice("normalize", normalize, (True, False, "transform", "reset", None))
+        check_targets(targets)
+        if not isinstance(score, str):
+            check_function("score", score, 1)
         self.targets = targets
-        self.schedule = schedule
         self.granularity: Granularity = granularity
         self.score = score
         self.normalize = normalize
         self.scope: Scope = scope
         self._score = _score_of(score, granularity)
-        self._generator = torch.Generator()
         self._stages: list[Stage] = []
-        self._begin()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the step, the counts at which pruning began, and the random generator's state."""
-        return {
-            **super().state_dict(),
-            "n_start": dict(self._n_start),
-            "thresholds": dict(self._thresholds),
-            "generator": self._generator.get_state(),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state from a checkpoint."""
-        super().load_state_dict(state_dict)
-        self._n_start = dict(state_dict["n_start"])
-        self._thresholds = dict(state_dict["thresholds"])
-        self._generator.set_state(state_dict["generator"])
-
-    def _begin(self) -> None:
-        super()._begin()
-        self._n_start = dict[str, int]()
-        self._thresholds = dict[str, float]()
-        self._generator.manual_seed(self._score.seed if isinstance(self._score, Score) else 0)
+        super().__init__(schedule, self._score.seed if isinstance(self._score, Score) else 0, name)
 
     def _find_budgets(self, sparsity: Sparsity, pl_module: LightningModule) -> list[Budget]:
         return sparsity.add_budgets(pl_module, self.targets, self.granularity, self.scope)
@@ -160,15 +122,9 @@ class CPNAPruning(SparsityCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the schedule's fractions can be turned into steps, and that the run is long enough."""
         super().on_train_start(trainer, pl_module)
-        total = trainer.estimated_stepping_batches
-        schedule = resolved_schedule(self.schedule or Annealing(PRETRAINING, 1.0), total)
-        last = total - trainer.global_step + self._step
-        if pl_module.automatic_optimization and isinstance(schedule, Schedule) and total > 0 and last < schedule.end:
-            warnings.warn(
-                f"{self.name}: the schedule ends at optimizer step {schedule.end}, but the run has {last:.0f}: its counts "
-                "will not be reached; lower its end, give it as a fraction, or train longer",
-                stacklevel=2,
-            )
+        schedule = self.schedule or Annealing(PRETRAINING, 1.0)
+        if isinstance(schedule, Schedule):
+            self._warn_if_too_short(trainer, pl_module, schedule)
 
     def _plan(self, fit: Fit) -> None:
         graph = fit.sparsity.graph
@@ -232,74 +188,17 @@ class CPNAPruning(SparsityCallback):
                 )
             if stage.acts(self._step):
                 for budget in stage.budgets:
-                    self._prune(fit, budget, stage)
+                    self._reach(fit, budget, stage.schedule, self._step, partial(self._prune, fit, budget))
 
-    def _prune(self, fit: Fit, budget: Budget, stage: Stage) -> None:
-        current = fit.sparsity.n_remaining(budget)
-        n_start = self._n_start.setdefault(budget.label, current)
-        n = n_remaining(stage.schedule, self._step, n_start, budget.n_end)
-        if n < current:
-            try:
-                self._thresholds[budget.label] = fit.sparsity.prune_(
-                    budget,
-                    n,
-                    self._score,
-                    optimizers=fit.optimizers,
-                    generator=self._generator,
-                    agree=partial(agree, fit.trainer),
-                )
-            except ValueError as error:
-                raise ValueError(f"{self.name}: at step {self._step}, pruning {budget.label!r}: {error}") from error
-            if n == budget.n_end:
-                fit.sparsity.remove_dead_units_(fit.optimizers)
-
-    def _values(self, fit: Fit) -> dict[str, float]:
-        layers = [layer for layer in fit.sparsity.report().layers if layer.name in fit.names]
-        values: dict[str, float] = {}
-        for layer in layers:
-            values |= {
-                f"{layer.name}/connections": layer.connections,
-                f"{layer.name}/density": layer.density,
-                f"{layer.name}/live_units": layer.live_units,
-                f"{layer.name}/live_features": layer.live_features,
-            }
-        for budget in fit.budgets:
-            values[f"{budget.label}/target"] = budget.n_end
-            values[f"{budget.label}/remaining"] = fit.sparsity.n_remaining(budget)
-            values[f"{budget.label}/threshold"] = self._thresholds.get(budget.label, 0.0)
-        return values
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the connectivity and let go of the optimizers."""
-        fit = self._running()
-        if fit.leads and trainer.is_global_zero and fit.sparsity.graph:
-            log_figure(
-                trainer.loggers,
-                f"{self.name}/connectivity",
-                lambda: plot_connectivity(connectivity(fit.sparsity)),
-                trainer.global_step,
-            )
-        super().on_train_end(trainer, pl_module)
-
-
-def _check(argument: str, value: object, allowed: tuple[object, ...]) -> None:
-    if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in allowed):
-        raise ValueError(f"{argument} is {value!r}; allowed is one of {', '.join(map(repr, allowed))}")
-
-
-def _check_function(argument: str, value: object, n_arguments: int) -> None:
-    if value is None or (argument == "score" and isinstance(value, str)):
-        return
-    if isinstance(value, type) or not callable(value):
-        raise ValueError(f"{argument} is {value!r}; allowed is an instance of one of our classes, or a function")
-    try:
-        signature = inspect.signature(value)
-    except ValueError:  # a function written in C, which does not tell
-        return
-    try:
-        signature.bind(*range(n_arguments))
-    except TypeError:
-        raise ValueError(f"{argument} is {value!r}; allowed is a function of {n_arguments} argument(s)") from None
+    def _prune(self, fit: Fit, budget: Budget, n: int) -> float:
+        return fit.sparsity.prune_(
+            budget,
+            n,
+            self._score,
+            optimizers=fit.optimizers,
+            generator=self._generator,
+            agree=partial(agree, fit.trainer),
+        )
 
 
 def _score_of(score: ScoreKind | Score | ScoreFunction | None, granularity: Granularity) -> Score | ScoreFunction:

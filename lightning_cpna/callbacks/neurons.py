@@ -1,0 +1,285 @@
+"""NeuronPruning: whole units removed on a schedule, with what they are fed and what they feed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_cpna._lightning import LightningModule, Trainer
+from lightning_cpna.activations import Watch, mean_replacement_penalties
+from lightning_cpna.callbacks.base import Fit, agree
+from lightning_cpna.callbacks.capture import running_eagerly
+from lightning_cpna.callbacks.scheduled import ScheduledPruning, check_choice, check_function, check_targets
+from lightning_cpna.graph import Graph
+from lightning_cpna.rescale import rescale_, verify_rescaling
+from lightning_cpna.schedules import Cubic, EpochFraction, Schedule, ScheduleFunction, n_remaining, resolved_schedule
+from lightning_cpna.sparsity import Budget, Scope, Sparsity
+from lightning_cpna.targets import resolve
+from lightning_cpna.unit_scores import UnitInputs, UnitScore, UnitScoreFunction, UnitScoreKind
+
+
+class NeuronPruning(ScheduledPruning):
+    """Remove whole units (rows of a Linear, filters of a Conv) down to an exact number while the network trains.
+
+    A removed unit loses all incoming and outgoing connections, for good. A layer never loses its last unit. Name the
+    weights of hidden layers: the outputs of the network stay.
+
+    Args:
+        targets: From the name or glob of a hidden layer's weight (``"net.*.weight"``) to how many of its units should
+            remain: an int is a count, a float in (0, 1) a fraction. With an ``EpochFraction``, which says how many go,
+            a list of names.
+        schedule: When, and how many stay: a ``Schedule`` or function ``(step, n_start, n_end) -> int`` of optimizer steps,
+            or an ``EpochFraction`` (NPSET), which acts when the next epoch starts.
+        score: Which stay: the name of a score, a ``UnitScore``, or a function of ``UnitInputs``. Scores of activations use
+            the batches that end with the step (or the epoch) after which units go, as they are in training. The default
+            removed most units at the same accuracy where ten scores were compared (``examples/units``).
+        compensate: "mean": what a removed unit fed the next layers in the mean goes into their biases. None: it is lost.
+        normalize: Whether the units are scaled to norm 1, and what they feed by the old norm, at every step of the
+            schedule's window (Guo et al., Eq. 3); with ``score="path"`` that is node-wise CPNA.
+        scope: "layer": each layer that a name matches has its own budget. "shared": they share one, and the scores of
+            each layer are divided by their norm.
+        name: Prefix of what is logged and key of the saved state; two callbacks need two names.
+
+    Raises:
+        ValueError: If an argument is out of range (here, or when training starts and the module is known).
+
+    Logged, as by ``CPNAPruning``: ``{name}/connections``, ``{name}/density``, ``{name}/at_target``, and for each target
+    ``remaining`` (units), ``target``, ``threshold``, ``live_units``, ``live_features``.
+
+    Reference:
+        Evci: Detecting dead weights and units in neural networks (2018); Guo, She, Wu, Barbu: Finding deep local optima
+        using network pruning, Section 3 (hidden nodes).
+
+    Example:
+        >>> NeuronPruning({"net.0.weight": 16}, score="path").name
+        'neurons'
+    """
+
+    def __init__(
+        self,
+        targets: dict[str, int | float] | list[str],
+        *,
+        schedule: Schedule | ScheduleFunction = Cubic(0.25, 0.75),  # noqa: B008  (it is frozen)
+        score: UnitScoreKind | UnitScore | UnitScoreFunction = "mean_replacement",
+        compensate: Literal["mean"] | None = "mean",
+        normalize: bool = False,
+        scope: Scope = "layer",
+        name: str = "neurons",
+    ) -> None:
+        check_choice("compensate", compensate, ("mean", None))
+        check_choice("normalize", normalize, (True, False))
+        check_choice("scope", scope, ("layer", "shared"))
+        if isinstance(targets, list):
+            if not targets or not isinstance(schedule, EpochFraction) or scope == "shared":
+                raise ValueError(
+                    f"targets is {targets!r}; allowed is a dict from name to what should remain, or, with an EpochFraction, "
+                    "which says how many go of each layer, a list of names"
+                )
+        else:
+            check_targets(targets)
+        if not isinstance(score, str):
+            check_function("score", score, 1)
+        self.targets = targets
+        self.score = score
+        self.compensate = compensate
+        self.normalize = normalize
+        self.scope: Scope = scope
+        self._score: UnitScore | UnitScoreFunction = UnitScore(score) if isinstance(score, str) else score
+        self._seen: dict[str, Any] | None = None
+        self._graph: dict[str, Any] | None = None
+        self._unresolved = self._resolved = schedule
+        super().__init__(schedule, self._score.seed if isinstance(self._score, UnitScore) else 0, name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state; where units go when an epoch starts, with what was seen in the epoch before and the graph."""
+        state = super().state_dict()
+        fit = self._fit
+        if isinstance(self.schedule, EpochFraction) and fit is not None:
+            self._seen = None if fit.watch is None else fit.watch.state_dict()
+            self._graph = None if fit.sparsity.graph is None else fit.sparsity.graph.state_dict()
+        return {**state, "seen": self._seen, "graph": self._graph}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state from a checkpoint."""
+        super().load_state_dict(state_dict)
+        self._seen, self._graph = state_dict["seen"], state_dict["graph"]
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._seen = self._graph = None
+
+    @property
+    def _needs_watch(self) -> bool:
+        """Whether the units' activations must be known."""
+        score = self._score
+        known = isinstance(score, UnitScore) and not score.needs_activity and score.kind != "penalty"
+        return self.compensate == "mean" or not known
+
+    def _find_budgets(self, sparsity: Sparsity, pl_module: LightningModule) -> list[Budget]:
+        targets = self.targets
+        if isinstance(targets, list):
+            assert isinstance(self.schedule, EpochFraction)
+            found = [target for group in resolve(pl_module, targets).values() for target in group]
+            n_units = {target.name: target.axes.view(target.parameter).shape[1] for target in found}
+            targets = {name: self.schedule.n_remaining(self.schedule.last, n) for name, n in n_units.items()}
+        return sparsity.add_budgets(pl_module, targets, "unit", self.scope)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the schedule's fractions can be turned into steps, and that the run is long enough."""
+        super().on_train_start(trainer, pl_module)
+        fit = self._running()
+        if isinstance(self.schedule, Schedule):
+            self._warn_if_too_short(trainer, pl_module, self.schedule)
+        if self._is_penalty and not pl_module.automatic_optimization:
+            raise ValueError(
+                f"{self.name}: score is 'penalty', which repeats training_step to know the loss; allowed with manual "
+                "optimisation is another score"
+            )
+        if self._graph is not None and fit.sparsity.graph is None:
+            fit.sparsity.graph = Graph.from_state_dict(self._graph)
+        if self._seen is not None:
+            fit.watch = Watch(pl_module)
+            fit.watch.load_state_dict(self._seen)
+
+    @property
+    def _is_penalty(self) -> bool:
+        return isinstance(self._score, UnitScore) and self._score.kind == "penalty"
+
+    def _plan(self, fit: Fit) -> None:
+        for name in fit.names:
+            graph = fit.sparsity.with_removable_units(name)
+            for reader in graph.fed_by(name) if self.compensate == "mean" else ():
+                if reader.bias is None:
+                    raise ValueError(
+                        f"compensate is 'mean', but {reader.weight!r}, which reads the units of {name!r}, has no bias to "
+                        "which their mean could be added; allowed is compensate=None, or bias=True in that layer"
+                    )
+            if self.normalize and (obstacles := graph[name].obstacles):
+                raise ValueError(
+                    f"normalize: the units of {name!r} cannot be rescaled without changing the network's function: "
+                    f"{'; '.join(obstacles)}; allowed is normalize=False"
+                )
+        self._resolved = resolved_schedule(self._unresolved, fit.trainer.estimated_stepping_batches)
+        if fit.watch is not None:
+            fit.watch.restrict(layer.weight for name in fit.names for layer in graph.fed_by(name))
+        if self.normalize:
+            verify_rescaling(fit.module, fit.sparsity.calls, graph, fit.names)
+
+    # Watching
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Watch the batch, if units may go after it."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        fit = self._running()
+        fit.watching.close()  # of a batch that made no step
+        if self._needs_watch and self._may_prune_after(fit):
+            fit.batch = (batch, batch_idx) if self._is_penalty else None
+            fit.watch = fit.watch or Watch(pl_module)
+            fit.watching.enter_context(running_eagerly(pl_module))
+            fit.watching.enter_context(fit.watch)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the hooks off, now that the gradients are known, so that the module can be copied."""
+        if pl_module.automatic_optimization:
+            self._running().watching.close()
+
+    def _may_prune_after(self, fit: Fit) -> bool:
+        if not fit.planned:
+            return True
+        if isinstance(self.schedule, EpochFraction):
+            return self.schedule.first <= fit.trainer.current_epoch <= self.schedule.last
+        return any(
+            n_remaining(self._resolved, self._step + 1, self._n_start.get(budget.label, n), budget.n_end) < n
+            for budget in fit.budgets
+            for n in [fit.sparsity.n_remaining(budget)]
+        )
+
+    def _take_in(self, fit: Fit) -> None:
+        """Take in what was watched in the batch that ended with this step."""
+        fit.watching.close()
+        if fit.watch is not None and fit.sparsity.graph is not None:
+            if not isinstance(self.schedule, EpochFraction):
+                fit.watch.clear()
+            fit.watch.digest(fit.sparsity.graph, fit.names)
+
+    # Pruning
+
+    @torch.no_grad()
+    def _after_step(self, fit: Fit) -> None:
+        self._take_in(fit)
+        if isinstance(self.schedule, EpochFraction):
+            return
+        self._prune_all(fit, self._step)
+        schedule, graph = self._resolved, fit.sparsity.graph
+        if self.normalize and graph is not None and _is_in_window(schedule, self._step):
+            rescale_(fit.sparsity.tensors, graph, fit.names)  # last, as what was watched is in the scale of before
+
+    @torch.no_grad()
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove the units that an ``EpochFraction`` removes after the epoch that ended."""
+        fit = self._running()
+        if isinstance(self.schedule, EpochFraction) and trainer.current_epoch > 0:
+            self._prune_all(fit, trainer.current_epoch - 1)
+            if fit.watch is not None:
+                fit.watch.clear()
+
+    def _prune_all(self, fit: Fit, time: int) -> None:
+        for budget in fit.budgets:
+            self._reach(fit, budget, self._resolved, time, partial(self._prune, fit, budget))
+
+    def _prune(self, fit: Fit, budget: Budget, n: int) -> float:
+        sparsity = fit.sparsity
+        means = fit.trainer.strategy.broadcast(fit.watch.means()) if fit.watch is not None else {}
+        scores = {name: self._score(self._inputs(fit, name, means)) for name in budget.names}
+        if len(scores) > 1:
+            scores = {name: score / score.norm(dim=1, keepdim=True).clamp(min=1e-30) for name, score in scores.items()}
+        return sparsity.prune_units_(
+            budget,
+            n,
+            scores,
+            means=means if self.compensate == "mean" else None,
+            optimizers=fit.optimizers,
+            agree=partial(agree, fit.trainer),
+        )
+
+    def _inputs(self, fit: Fit, name: str, means: dict[str, Tensor]) -> UnitInputs:
+        sparsity = fit.sparsity
+        graph = sparsity.with_removable_units(name)
+        return UnitInputs(
+            target=sparsity.targets[name],
+            targets=sparsity.targets,
+            masks=sparsity.masks,
+            graph=graph,
+            generator=self._generator,
+            activity=None if fit.watch is None else fit.watch.activity(graph, name),
+            penalize=None
+            if fit.batch is None
+            else partial(mean_replacement_penalties, fit.module, graph, name, [fit.batch], _training_loss, means),
+        )
+
+
+def _is_in_window(schedule: Schedule | ScheduleFunction, step: int) -> bool:
+    if not isinstance(schedule, Schedule):
+        return True
+    return schedule.start <= step <= schedule.window_end() and (step - schedule.start) % schedule.every == 0
+
+
+def _training_loss(pl_module: LightningModule, batch: tuple[Any, int]) -> Tensor:
+    """Compute the loss of a training step without what else it does: logging."""
+    with _no_log(pl_module), pl_module.trainer.precision_plugin.train_step_context():
+        output = pl_module.training_step(*batch)
+    return torch.as_tensor(output["loss"] if isinstance(output, dict) else output)
+
+
+@contextlib.contextmanager
+def _no_log(pl_module: LightningModule) -> Iterator[None]:
+    pl_module.log = pl_module.log_dict = lambda *_, **__: None  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        del pl_module.log, pl_module.log_dict
