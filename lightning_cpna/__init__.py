@@ -2,6 +2,8 @@
 
 from lightning_cpna.activations import UnitActivity, Watch, mean_replacement_penalties, observe
 from lightning_cpna.callbacks import CPNAPruning, NeuronPruning
+from lightning_cpna.compact import Compacted, compact, load_compact
+from lightning_cpna.cost import Cost, cost_of
 from lightning_cpna.graph import Graph
 from lightning_cpna.masks import Masks, infer_masks, keep_top
 from lightning_cpna.plots import Connectivity, connectivity, plot_connectivity, plot_schedule
@@ -11,6 +13,7 @@ from lightning_cpna.schedules import Annealing, Cubic, EpochFraction, Geometric,
 from lightning_cpna.scores import Score, ScoreInputs
 from lightning_cpna.sparsity import Budget, Sparsity, sparsity_of
 from lightning_cpna.targets import Axes, Target
+from lightning_cpna.taylor import weight_saliencies
 from lightning_cpna.tracing import trace
 from lightning_cpna.unit_scores import UnitInputs, UnitScore
 
@@ -21,7 +24,9 @@ __all__ = [
     "Axes",
     "Budget",
     "CPNAPruning",
+    "Compacted",
     "Connectivity",
+    "Cost",
     "Cubic",
     "EpochFraction",
     "Geometric",
@@ -41,9 +46,12 @@ __all__ = [
     "UnitInputs",
     "UnitScore",
     "Watch",
+    "compact",
     "connectivity",
+    "cost_of",
     "infer_masks",
     "keep_top",
+    "load_compact",
     "mean_replacement_penalties",
     "observe",
     "plot_connectivity",
@@ -51,4 +59,5 @@ __all__ = [
     "rescale_",
     "sparsity_of",
     "trace",
+    "weight_saliencies",
 ]

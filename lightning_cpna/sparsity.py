@@ -334,6 +334,7 @@ class Sparsity:
             return graph
         raise ValueError(f"granularity='unit': the units of {name!r} cannot be removed: {why}")
 
+    @torch.no_grad()
     def propagate_means_(self, name: str, units: Tensor, means: Mapping[str, Tensor]) -> None:
         """Add what some units feed in the mean to the biases of the layers that read them, in place (bias propagation).
 

@@ -1,0 +1,1 @@
+"""Saliencies of weights and units compared."""
