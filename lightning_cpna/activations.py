@@ -252,6 +252,7 @@ class _Call:
 
     def keep_gradient(self, gradient: Tensor) -> None:
         self.gradient = gradient.detach()
+        self.x = self.x.detach()  # which lets the graph go
 
 
 @dataclass

@@ -61,6 +61,27 @@ class Graph(Mapping[str, Layer]):
             and torch.equal(units, torch.arange(len(units), device=units.device))
         }
 
+    def cut(self, rows: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> Graph:
+        """Return the graph of smaller layers.
+
+        Args:
+            rows: Which units of a layer are left, int64 ``(n,)``, by weight name; of the others all.
+            columns: Which of its inputs, likewise.
+        """
+        numbers = torch.full((max((layer.units.stop for layer in self.values()), default=0),), -1)  # old to new
+        start, layers = 0, []
+        for name, layer in self.items():
+            left = torch.arange(layer.units.start, layer.units.stop)
+            left = left[rows[name]] if name in rows else left
+            numbers[left] = torch.arange(start, start + len(left))
+            layers.append(dataclasses.replace(layer, units=range(start, start + len(left))))
+            start += len(left)
+        for layer in layers:
+            sources = layer.sources.cpu()
+            sources = sources[columns[layer.weight]] if layer.weight in columns else sources
+            layer.sources = torch.where(sources >= 0, numbers[sources.clamp(min=0)], -1)
+        return Graph(layers)
+
     def state_dict(self) -> dict[str, Any]:
         """Return the graph as CPU tensors and Python primitives."""
         layers = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -194,6 +195,56 @@ class Mask:
             self._bits = None
 
 
+@dataclass
+class Kept:
+    """What is left of a parameter whose tensor was made smaller.
+
+    Attributes:
+        shape: The full shape.
+        rows: Which units are left, int64 ``(n,)``.
+        columns: Which inputs are left, int64 ``(n,)``; None for a bias.
+    """
+
+    shape: torch.Size
+    rows: Tensor
+    columns: Tensor | None
+
+    @classmethod
+    def all_of(cls, tensor: Tensor) -> Kept:
+        """Describe a tensor of which everything is left."""
+        columns = torch.arange(tensor.shape[1]) if tensor.ndim > 1 else None
+        return cls(tensor.shape, torch.arange(tensor.shape[0]), columns)
+
+    def select(self, tensor: Tensor) -> Tensor:
+        """Take what is left out of a tensor of the full shape."""
+        small = tensor.index_select(0, self.rows.to(tensor.device))
+        return small if self.columns is None else small.index_select(1, self.columns.to(tensor.device))
+
+    def expand(self, tensor: Tensor, fill: float = 0) -> Tensor:
+        """Put what is left back into the full shape.
+
+        Example:
+            >>> Kept(torch.Size([2, 3]), torch.tensor([1]), torch.tensor([0, 2])).expand(torch.tensor([[5, 6]]))
+            tensor([[0, 0, 0],
+                    [5, 0, 6]])
+        """
+        full = tensor.new_full(self.shape, fill)
+        rows = self.rows.to(tensor.device)
+        if self.columns is None:
+            full[rows] = tensor
+        else:
+            full[rows[:, None], self.columns.to(tensor.device)] = tensor
+        return full
+
+    def cut(self, rows: Tensor | None, columns: Tensor | None) -> Kept:
+        """Return what is left if only some of these rows and columns stay (None: all)."""
+        return Kept(
+            self.shape,
+            self.rows if rows is None else self.rows[rows],
+            self.columns if self.columns is None or columns is None else self.columns[columns],
+        )
+
+
 class Masks(Mapping[str, Mask]):
     """The masks of a module, by canonical parameter name.
 
@@ -238,6 +289,19 @@ class Masks(Mapping[str, Mask]):
                 "it belongs to another architecture"
             )
         mask.to_(parameter.device)
+
+    def replace(self, masks: Mapping[str, Mask]) -> None:
+        """Put other masks in the place of some."""
+        self._masks |= masks
+
+    def full(self, kept: Mapping[str, Kept]) -> Masks:
+        """Return the masks in the full shapes of parameters that were made smaller; what was cut is removed for good."""
+        masks = Masks()
+        for name, mask in self._masks.items():
+            if name in kept:
+                mask = Mask(kept[name].expand(mask.dead, True), kept[name].expand(mask.removed, True))
+            masks._masks[name] = mask
+        return masks
 
     def apply_(self, parameters: Mapping[str, Tensor]) -> None:
         """Set every connection that is not live to zero, in place."""

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_cpna.cells import cells_of, fill_cells_
 from lightning_cpna.graph import Graph
-from lightning_cpna.masks import Mask, Masks, keep_top_rows
+from lightning_cpna.masks import Kept, Mask, Masks, keep_top_rows
 from lightning_cpna.moments import optimizer_of, zero_moments_
 from lightning_cpna.replay import Calls
 from lightning_cpna.report import SparsityReport, feeds_something, live_mask, sparsity_report
@@ -55,6 +55,8 @@ class Sparsity:
         calls: The calls that a callback traced.
         untraced: Why it could not trace them.
         budgets: Every budget that somebody works towards.
+        kept: What is left of parameters that were made smaller (by ``Shrinking``): masks and graph are then as small.
+        full_graph: The graph as it was before, while parameters are smaller.
 
     Example:
         >>> from lightning_cpna import Score, trace
@@ -75,6 +77,8 @@ class Sparsity:
         self.calls: Calls = []
         self.untraced: str | None = None
         self.budgets: list[Budget] = []
+        self.kept: dict[str, Kept] = {}
+        self.full_graph: Graph | None = None
         # The counts, and the mask and its version of which they are the counts.
         self._known: dict[tuple[str, Granularity], tuple[tuple[Mask, int], list[int]]] = {}
         self.find_targets(module)
@@ -423,12 +427,16 @@ class Sparsity:
                 mask.apply_(gradient)
 
     def report(self) -> SparsityReport:
-        """Count what is alive in every masked parameter."""
+        """Count what is alive in every masked parameter, in its full shape."""
         for name, mask in self.masks.items():
             mask.to_(self.tensors[name].device)
         own = [b for b in self.budgets if len(b.names) == 1 and b.granularity == "connection"]
         wanted = {budget.names[0]: budget.n_end for budget in own}
-        return sparsity_report(self.masks, self.targets, self.graph, wanted)
+        return sparsity_report(self.masks.full(self.kept), self.targets, self.full_graph or self.graph, wanted)
+
+    def size(self, name: str) -> int:
+        """Return the number of a parameter's connections, in its full shape."""
+        return self.kept[name].shape.numel() if name in self.kept else self.tensors[name].numel()
 
 
 def _there(mask: Mask, granularity: Granularity) -> Tensor:

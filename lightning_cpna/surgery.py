@@ -33,7 +33,7 @@ def cut_units_(module: nn.Module, graph: Graph, name: str, dead: Tensor) -> None
     _replace(owner, "weight", 0, keep)
     if owner.bias is not None:
         _replace(owner, "bias", 0, keep)
-    _set_widths(owner, len(keep), output=True)
+    set_widths(owner, len(keep), output=True)
     for reader in graph.fed_by(name):
         unread = graph.at_inputs(dead[None], reader.weight, name, default=False)[0]
         cut_inputs_(layers[reader.weight], (~unread).nonzero().flatten())
@@ -42,7 +42,7 @@ def cut_units_(module: nn.Module, graph: Graph, name: str, dead: Tensor) -> None
 def cut_inputs_(layer: nn.Module, keep: Tensor) -> None:
     """Cut all but some inputs (int64) out of a Linear or Conv, in place."""
     _replace(layer, "weight", 1, keep)
-    _set_widths(layer, len(keep), output=False)
+    set_widths(layer, len(keep), output=False)
 
 
 def _replace(owner: nn.Module, name: str, axis: int, keep: Tensor) -> None:
@@ -51,7 +51,8 @@ def _replace(owner: nn.Module, name: str, axis: int, keep: Tensor) -> None:
     setattr(owner, name, new)
 
 
-def _set_widths(layer: Any, n: int, output: bool) -> None:
+def set_widths(layer: Any, n: int, output: bool) -> None:
+    """Tell a Linear or Conv how many outputs or inputs it has."""
     kind = "channels" if isinstance(layer, _ConvNd) else "features"
     setattr(layer, f"{'out' if output else 'in'}_{kind}", n)
 

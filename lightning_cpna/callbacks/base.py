@@ -13,16 +13,18 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_cpna._lightning import Callback, LightningModule, Trainer
 from lightning_cpna.activations import Watch
-from lightning_cpna.callbacks.capture import Capture, few_rows
+from lightning_cpna.callbacks.capture import Capture, few_rows, is_compiled
 from lightning_cpna.cells import cells_of, pack, unpack
 from lightning_cpna.moments import is_elementwise, optimizer_of, zero_moments_
 from lightning_cpna.report import SparsityReport
+from lightning_cpna.shrink import Shrinking
 from lightning_cpna.sparsity import Budget, Sparsity, sparsity_of
 from lightning_cpna.targets import all_targets
 from lightning_cpna.tracing import trace_calls
 
 CHECKPOINT_KEY = "lightning_cpna"
 STATE_VERSION = 1
+SHRINK_FRACTION = 0.1  # chosen: a cut costs about as much as a few steps of the larger network
 _UNSERVED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
 
 
@@ -45,6 +47,8 @@ class Fit:
         watch: What the units did, for callbacks that ask.
         watching: Open while a batch is watched.
         batch: The batch that is watched, and its index.
+        shrinking: Cuts what is dead out of the tensors, if a callback asked for it.
+        live: How many connections lived after the last batch, and when something was cut last.
     """
 
     trainer: Trainer
@@ -61,14 +65,23 @@ class Fit:
     watch: Watch | None = None
     watching: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     batch: tuple[Any, int] | None = None
+    shrinking: Shrinking | None = None
+    live: tuple[int, int] | None = None
 
     @property
     def names(self) -> list[str]:
         """The parameters of this callback's budgets."""
         return [name for budget in self.budgets for name in budget.names]
 
+    def restore(self) -> None:
+        """Give tensors that were made smaller their full shapes."""
+        if self.shrinking is not None:
+            self.shrinking.restore_()
+            self.shrinking = None
+
     def release(self) -> None:
         """Let go of optimizers and modules."""
+        self.restore()
         for handle in self.handles:
             handle.remove()
         self.handles = []
@@ -86,11 +99,15 @@ class SparsityCallback(Callback):
 
     Args:
         name: Prefix of everything that is logged, and key of the callback's state; two callbacks need two names.
+        shrink: Whether dead units and features leave the tensors while the fit goes on.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, shrink: bool = False) -> None:
         if not name:
             raise ValueError("name is ''; allowed is any text that no other callback uses")
+        if type(shrink) is not bool:
+            raise ValueError(f"shrink is {shrink!r}; allowed is True or False")
+        self.shrink = shrink
         self.name = name
         self._step = 0
         self._handled_step = 0
@@ -153,7 +170,8 @@ class SparsityCallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the masks, once."""
         if self._is_first(trainer):
-            checkpoint[CHECKPOINT_KEY] = sparsity_of(pl_module).masks.state_dict()
+            sparsity = sparsity_of(pl_module)
+            checkpoint[CHECKPOINT_KEY] = sparsity.masks.full(sparsity.kept).state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Load the masks, once, and forget an earlier fit: the state that the checkpoint has of it is loaded after this."""
@@ -225,6 +243,9 @@ class SparsityCallback(Callback):
         fit.handles.append(owners[0].register_step_post_hook(self._count_step))
         if fit.leads:
             self._hold_masks(fit, pl_module)
+            if any(callback.shrink for callback in _ours(trainer)):
+                _refuse_to_shrink(trainer, pl_module)
+                fit.shrinking = Shrinking(pl_module, fit.sparsity, fit.optimizers)
 
     def _hold_masks(self, fit: Fit, pl_module: LightningModule) -> None:
         """See to it that nothing which the optimizers do, or did, revives a connection."""
@@ -244,13 +265,25 @@ class SparsityCallback(Callback):
     # While training
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Watch the first batches of a fit, until it is seen which layers feed the targets and which they feed."""
+        """Watch the first batches of a fit, until it is seen which layers feed the targets; cut what died, if asked to."""
         fit = self._running()
+        if fit.shrinking is not None and fit.planned:
+            self._shrink(fit, fit.shrinking)
         if fit.capture is not None:  # of a batch that was skipped
             fit.capture.close()
         if fit.leads and not all(ours._running().planned for ours in _ours(trainer)):
             names = {name for budget in fit.sparsity.budgets for name in budget.names}
             fit.capture = Capture(pl_module, [fit.sparsity.tensors[name] for name in names])
+
+    def _shrink(self, fit: Fit, shrinking: Shrinking) -> None:
+        """Cut what is dead, whenever a tenth of the connections has died since the last time, or dying has paused."""
+        now = sum(mask.n_live for mask in fit.sparsity.masks.values())
+        whole = sum(fit.sparsity.size(name) for name in fit.sparsity.masks)
+        before, at_cut = fit.live or (whole, whole)
+        if now < (1 - SHRINK_FRACTION) * at_cut or (now == before and now != at_cut):
+            shrinking.shrink_()
+            now = at_cut = sum(mask.n_live for mask in fit.sparsity.masks.values())
+        fit.live = (now, max(now, at_cut))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Mask the gradients, so that neither clipping nor moments see a connection that does not live."""
@@ -276,7 +309,7 @@ class SparsityCallback(Callback):
         elif not trainer.is_last_batch:
             return
         live = [fit.sparsity.masks[name].n_live for name in fit.names]
-        size = sum(fit.sparsity.tensors[name].numel() for name in fit.names)
+        size = sum(fit.sparsity.size(name) for name in fit.names)
         pl_module.log(f"{self.name}/connections", float(sum(live)), prog_bar=True)
         pl_module.log_dict({f"{self.name}/density": sum(live) / size, f"{self.name}/at_target": float(at_target)})
 
@@ -352,6 +385,7 @@ class SparsityCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if a count was not reached, and let go of the optimizers."""
         fit = self._running()
+        fit.restore()
         for budget in fit.budgets:
             if (n := fit.sparsity.n_remaining(budget)) > budget.n_end:
                 warnings.warn(
@@ -379,6 +413,20 @@ class SparsityCallback(Callback):
 
 def _ours(trainer: Trainer) -> list[SparsityCallback]:
     return [c for c in trainer.callbacks if isinstance(c, SparsityCallback)]  # type: ignore[attr-defined]
+
+
+def _refuse_to_shrink(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Raise where tensors cannot change their shapes while the fit goes on."""
+    why = None
+    if trainer.world_size > 1:
+        why = f"{type(trainer.strategy).__name__} trains in {trainer.world_size} processes"
+    elif any(is_compiled(part) for part in pl_module.modules()):
+        why = "the module is compiled"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if hasattr(callback, "_average_model"):
+            why = f"{type(callback).__name__} keeps averages of the weights"
+    if why is not None:
+        raise ValueError(f"shrink is True, but {why}; allowed is shrink=False, and compact() after the fit")
 
 
 def agree(trainer: Trainer, decision: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class Capture:
 
 def running_eagerly(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """Run compiled parts of a module eagerly for a while, so that hooks do not end up in a compiled graph."""
-    if not any(_is_compiled(part) for part in module.modules()):
+    if not any(is_compiled(part) for part in module.modules()):
         return contextlib.nullcontext()
     if not hasattr(torch.compiler, "set_stance"):
         raise RuntimeError("watching a module under torch.compile needs torch >= 2.6; upgrade torch")
@@ -77,7 +77,8 @@ def _is_redirected(module: nn.Module) -> bool:
     return isinstance(module.forward, FunctionType) and not hasattr(module.forward, "_torchdynamo_orig_callable")
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether a module's forward is a compiled one."""
     return (
         hasattr(module, "_orig_mod")
         or getattr(module, "_compiled_call_impl", None) is not None

@@ -73,6 +73,9 @@ class CPNAPruning(ScheduledPruning):
             (the paper's CPA). The optimizer's moments are left alone, which trains best; "transform" scales them with
             the weights and "reset" clears them.
         scope: "layer": each parameter that a name matches has its own budget. "shared": they share one.
+        shrink: Whether the tensors really shrink during the fit, once units and features are dead: training gets faster.
+            Parameters stay the same objects, and every checkpoint has the full shapes; so do the tensors after the fit,
+            where ``compact`` makes the small network. Not with DDP, ``torch.compile``, averaged or tied weights.
         name: Prefix of what is logged and key of the saved state; two callbacks need two names.
 
     Raises:
@@ -99,6 +102,7 @@ class CPNAPruning(ScheduledPruning):
         score: ScoreKind | Score | ScoreFunction | None = None,
         normalize: bool | Literal["transform", "reset"] | None = None,
         scope: Scope = "layer",
+        shrink: bool = False,
         name: str = "cpna",
     ) -> None:
         check_choice("granularity", granularity, ("connection", "feature", "unit"))
@@ -114,7 +118,7 @@ class CPNAPruning(ScheduledPruning):
         self.scope: Scope = scope
         self._score = _score_of(score, granularity)
         self._stages: list[Stage] = []
-        super().__init__(schedule, self._score.seed if isinstance(self._score, Score) else 0, name)
+        super().__init__(schedule, self._score.seed if isinstance(self._score, Score) else 0, name, shrink)
 
     def _find_budgets(self, sparsity: Sparsity, pl_module: LightningModule) -> list[Budget]:
         return sparsity.add_budgets(pl_module, self.targets, self.granularity, self.scope)

@@ -43,6 +43,9 @@ class NeuronPruning(ScheduledPruning):
             schedule's window (Guo et al., Eq. 3); with ``score="path"`` that is node-wise CPNA.
         scope: "layer": each layer that a name matches has its own budget. "shared": they share one, and the scores of
             each layer are divided by their norm.
+        shrink: Whether the tensors really shrink during the fit, once units and features are dead: training gets faster.
+            Parameters stay the same objects, and every checkpoint has the full shapes; so do the tensors after the fit,
+            where ``compact`` makes the small network. Not with DDP, ``torch.compile``, averaged or tied weights.
         name: Prefix of what is logged and key of the saved state; two callbacks need two names.
 
     Raises:
@@ -69,6 +72,7 @@ class NeuronPruning(ScheduledPruning):
         compensate: Literal["mean"] | None = "mean",
         normalize: bool = False,
         scope: Scope = "layer",
+        shrink: bool = False,
         name: str = "neurons",
     ) -> None:
         check_choice("compensate", compensate, ("mean", None))
@@ -90,10 +94,15 @@ class NeuronPruning(ScheduledPruning):
         self.normalize = normalize
         self.scope: Scope = scope
         self._score: UnitScore | UnitScoreFunction = UnitScore(score) if isinstance(score, str) else score
+        if shrink and isinstance(schedule, EpochFraction) and self._needs_watch:
+            raise ValueError(
+                "shrink is True with an EpochFraction; allowed with it are scores of weights (norm, path, degrees, ...) and "
+                "compensate=None, as activations are watched for a whole epoch"
+            )
         self._seen: dict[str, Any] | None = None
         self._graph: dict[str, Any] | None = None
         self._unresolved = self._resolved = schedule
-        super().__init__(schedule, self._score.seed if isinstance(self._score, UnitScore) else 0, name)
+        super().__init__(schedule, self._score.seed if isinstance(self._score, UnitScore) else 0, name, shrink)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state; where units go when an epoch starts, with what was seen in the epoch before and the graph."""
@@ -101,7 +110,8 @@ class NeuronPruning(ScheduledPruning):
         fit = self._fit
         if isinstance(self.schedule, EpochFraction) and fit is not None:
             self._seen = None if fit.watch is None else fit.watch.state_dict()
-            self._graph = None if fit.sparsity.graph is None else fit.sparsity.graph.state_dict()
+            graph = fit.sparsity.full_graph or fit.sparsity.graph
+            self._graph = None if graph is None else graph.state_dict()
         return {**state, "seen": self._seen, "graph": self._graph}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -203,8 +213,6 @@ class NeuronPruning(ScheduledPruning):
         """Take in what was watched in the batch that ended with this step."""
         fit.watching.close()
         if fit.watch is not None and fit.sparsity.graph is not None:
-            if not isinstance(self.schedule, EpochFraction):
-                fit.watch.clear()
             fit.watch.digest(fit.sparsity.graph, fit.names)
 
     # Pruning
@@ -215,6 +223,8 @@ class NeuronPruning(ScheduledPruning):
         if isinstance(self.schedule, EpochFraction):
             return
         self._prune_all(fit, self._step)
+        if fit.watch is not None:
+            fit.watch.clear()
         schedule, graph = self._resolved, fit.sparsity.graph
         if self.normalize and graph is not None and _is_in_window(schedule, self._step):
             rescale_(fit.sparsity.tensors, graph, fit.names)  # last, as what was watched is in the scale of before

@@ -23,10 +23,11 @@ class ScheduledPruning(SparsityCallback):
         schedule: When, and how many stay; or None.
         seed: The seed of scores that draw.
         name: Prefix of everything that is logged, and key of the callback's state.
+        shrink: Whether dead units and features leave the tensors while the fit goes on.
     """
 
-    def __init__(self, schedule: Schedule | ScheduleFunction | None, seed: int, name: str) -> None:
-        super().__init__(name)
+    def __init__(self, schedule: Schedule | ScheduleFunction | None, seed: int, name: str, shrink: bool) -> None:
+        super().__init__(name, shrink)
         check_function("schedule", schedule, 3)
         self.schedule = schedule
         self._seed = seed
@@ -101,6 +102,7 @@ class ScheduledPruning(SparsityCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the connectivity and let go of the optimizers."""
         fit = self._running()
+        fit.restore()
         if fit.leads and trainer.is_global_zero and fit.sparsity.graph:
             log_figure(
                 trainer.loggers,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from lightning_cpna import Annealing, CPNAPruning, Geometric, OneShot, Score
+from lightning_cpna import Annealing, CPNAPruning, Geometric, OneShot, Score, Sparsity, compact, trace
 from tests.helpers import Classifier, trainer
 
 pytestmark = pytest.mark.benchmark
@@ -136,3 +136,52 @@ def test_annealing_at_every_step_costs_at_most_15_percent_of_a_step_on_5d_xor() 
     assert ratios["CPNAPruning, hidden, normalised"] <= 1.15
     assert ratios["CPNAPruning, input, path"] <= 1.15
     assert ratios["CPNAPruning, input, group-aware"] <= 1.15
+
+
+def five_d(shrink: bool, seed: int) -> tuple[float, float]:
+    """Train the 5-D XOR recipe of connections alone; return the seconds and the test AUC."""
+    from torchmetrics.functional.classification import binary_auroc
+
+    from examples.xor.problem import Phases, XORDataModule, XORNet
+    from examples.xor.recipes import callbacks, recipe
+
+    torch.set_num_threads(1)
+    pl.seed_everything(seed, verbose=False)
+    steps = recipe(5, "cpna_all")
+    phases = [phase for phase, _ in steps]
+    xor, net = XORDataModule(5, 20, 3000, seed, phases), XORNet(20, 4096, phases, 3000)
+    pruning = callbacks(steps, 3000)
+    pruning[0].shrink = shrink
+    runner = trainer(Phases(phases, 3000), *pruning, epochs=1)
+    xor.val_dataloader = list  # type: ignore[method-assign]
+    start = time.perf_counter()
+    runner.fit(net, xor)
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        return seconds, 100 * float(binary_auroc(net(xor.test.x), xor.test.y.int()))
+
+
+def test_shrinking_on_5d_xor_takes_at_most_60_percent_of_the_time_and_ends_as_well() -> None:
+    seeds = range(5)
+    found = [(five_d(True, seed), five_d(False, seed)) for seed in seeds]
+    for seed, (small, whole) in zip(seeds, found, strict=True):
+        print(f"seed {seed}: shrink {small[0]:.0f} s AUC {small[1]:.2f}, without {whole[0]:.0f} s AUC {whole[1]:.2f}")
+    seconds = [sum(pair[i][0] for pair in found) for i in (0, 1)]
+    aucs = [statistics.mean(pair[i][1] for pair in found) for i in (0, 1)]
+    print(f"time {seconds[0] / seconds[1]:.3f} x, mean AUC {aucs[0]:.3f} and {aucs[1]:.3f}")
+    assert seconds[0] <= 0.6 * seconds[1]
+    assert abs(aucs[0] - aucs[1]) <= 0.1
+
+
+def test_a_compact_5d_network_is_at_least_20_times_faster_at_batch_256() -> None:
+    torch.set_num_threads(1)
+    net = wide()
+    sparsity = Sparsity(net)
+    sparsity.graph = trace(net, torch.rand(4, 20))
+    hidden, inputs = sparsity.add_budgets(net, {"2.weight": 64, "0.weight": 256})
+    sparsity.prune_(hidden, 64, Score("normalized"))
+    sparsity.remove_dead_units_()
+    sparsity.prune_(inputs, 256, Score("path"))
+    compacted = compact(net, torch.rand(256, 20))
+    print(compacted)
+    assert compacted.before.latency[256] >= 20 * compacted.after.latency[256]

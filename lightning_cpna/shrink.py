@@ -1,0 +1,332 @@
+"""Shrinking while training: dead units and features leave the tensors; parameters and files stay what they are."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_cpna.activations import layers_of, n_kernel_axes
+from lightning_cpna.graph import Graph
+from lightning_cpna.masks import Kept, Mask
+from lightning_cpna.moments import is_elementwise
+from lightning_cpna.replay import float64_copy, replay
+from lightning_cpna.report import feeds_something, live_mask
+from lightning_cpna.sparsity import Sparsity
+from lightning_cpna.surgery import set_widths
+
+TOLERANCE = 1e-9
+
+
+class Shrinking:
+    """Cuts what is dead out of a module while it trains, and puts everything back in the end.
+
+    Parameters and optimizers stay the objects that they are; only the tensors in them become smaller. The ``state_dict`` of
+    the module and of the optimizers have the full shapes all the time, with zeros where something was cut.
+
+    Args:
+        module: The module.
+        sparsity: What is known of it; its masks and its graph are those of the small tensors while it is shrunk.
+        optimizers: The optimizers.
+
+    Raises:
+        ValueError: If parameters are shared, or an optimizer is not known to work element by element.
+
+    Example:
+        >>> from lightning_cpna import Score, trace
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> sparsity, optimizer = Sparsity(net), torch.optim.Adam(net.parameters())
+        >>> sparsity.graph = trace(net, torch.randn(16, 4))
+        >>> [budget] = sparsity.add_budgets(net, {"2.weight": 3})
+        >>> _ = sparsity.prune_(budget, 3, Score("normalized"))
+        >>> shrinking = Shrinking(net, sparsity, [optimizer])
+        >>> shrinking.shrink_()
+        >>> net[0].weight.shape, net.state_dict()["0.weight"].shape
+        (torch.Size([3, 4]), torch.Size([8, 4]))
+        >>> shrinking.restore_()
+        >>> net[0].weight.shape
+        torch.Size([8, 4])
+    """
+
+    def __init__(self, module: nn.Module, sparsity: Sparsity, optimizers: Iterable[Optimizer]) -> None:
+        if len(list(module.named_parameters(remove_duplicate=False))) > len(list(module.parameters())):
+            raise ValueError("shrink is True, but the module has tied parameters; allowed is shrink=False")
+        self._optimizers = list(optimizers)
+        for optimizer in self._optimizers:
+            if not is_elementwise(optimizer):
+                raise ValueError(
+                    f"shrink is True, but {type(optimizer).__name__} is not known to work element by element; allowed are "
+                    "torch's own optimizers that do, or shrink=False"
+                )
+        self._module, self._sparsity = module, sparsity
+        self._layers = layers_of(module)
+        self._refused: set[str] = set()
+        self._selects: dict[str, _Select] = {}
+        self._handles: list[RemovableHandle] = []
+
+    @torch.no_grad()
+    def shrink_(self) -> None:
+        """Cut all units and features that are dead now."""
+        graph = self._sparsity.graph
+        if graph is None:
+            return
+        self._sparsity.remove_dead_units_(self._optimizers)
+        rows = self._left_units(graph)
+        columns = self._left_inputs(graph, rows)
+        if not rows and not columns:
+            return
+        if not self._sparsity.kept:
+            self._begin(graph)
+        before, undo = self._outputs(), self._snapshot()
+        self._cut(graph, rows, columns)
+        try:
+            worst = max(map(_difference, before, self._outputs()), default=0.0)
+            reason = "" if worst <= TOLERANCE else f"its output would change by {worst:.1e} of its magnitude"
+        except Exception as error:  # whatever the network's own code says to tensors of another width
+            reason = f"{type(error).__name__}: {error}"
+        if reason:
+            undo()
+            refused = {*rows, *columns}
+            self._refused |= refused
+            warnings.warn(f"shrink: {', '.join(sorted(refused))} stay as large as they are: {reason}", stacklevel=2)
+
+    def _left_units(self, graph: Graph) -> dict[str, Tensor]:
+        """Return which units of a layer are left, int64 ``(n,)`` by weight name, where not all are."""
+        sparsity, left = self._sparsity, dict[str, Tensor]()
+        for name, layer in graph.items():
+            around = {name, *(reader.weight for reader in graph.fed_by(name))}
+            is_known = layer.lost is None and not layer.is_output and len(around) > 1 and layer.axes.groups == 1
+            if not is_known or around & self._refused or not around <= set(self._layers):
+                continue
+            target = sparsity.targets[name]
+            incoming = target.axes.view(live_mask(sparsity.masks, target)).flatten(2).any(2)  # (1, unit)
+            alive = (incoming | feeds_something(sparsity.masks, graph, sparsity.targets, name))[0].cpu()
+            alive[:1] |= not bool(alive.any())
+            if not bool(alive.all()):
+                left[name] = alive.nonzero().flatten()
+        return left
+
+    def _left_inputs(self, graph: Graph, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return which inputs of a layer are left, likewise: neither of cut units, nor features that nothing reads."""
+        sparsity, left = self._sparsity, dict[str, Tensor]()
+        for name, layer in graph.items():
+            if name not in self._layers or name in self._refused:
+                continue
+            gone = self._fed_by_cut_units(graph, name, rows)
+            if name in sparsity.masks and layer.unknown_source is None and layer.axes.groups == 1:
+                live = layer.axes.view(sparsity.masks[name].live)  # (1, unit, input, *kernel)
+                unread = ~live.transpose(1, 2).flatten(2).any(2)[0].cpu() & (layer.sources.cpu() < 0)
+                gone |= unread
+                gone[:1] &= not bool(gone.all())
+            if bool(gone.any()):
+                left[name] = (~gone).nonzero().flatten()
+        return left
+
+    @staticmethod
+    def _fed_by_cut_units(graph: Graph, name: str, rows: dict[str, Tensor]) -> Tensor:
+        """Tell which inputs of a layer are fed by units that are cut, bool ``(input,)``."""
+        gone = torch.zeros(len(graph[name].sources), dtype=torch.bool)
+        for producer in graph.feeding(name):
+            if producer.weight in rows:
+                inputs, units = graph.columns(name, producer.weight, torch.device("cpu"))
+                cut = torch.ones(len(producer.units), dtype=torch.bool)
+                cut[rows[producer.weight]] = False
+                gone[inputs[cut[units]]] = True
+        return gone
+
+    def _begin(self, graph: Graph) -> None:
+        self._sparsity.full_graph = graph
+        for name, layer in self._layers.items():
+            local = {"weight": name} | ({"bias": _bias(name)} if layer.bias is not None else {})
+            files = _FullFiles(self._sparsity.kept, local)
+            self._handles += [
+                layer._register_state_dict_hook(files.save),  # type: ignore[no-untyped-call]
+                layer._register_load_state_dict_pre_hook(files.load),  # type: ignore[no-untyped-call]
+            ]
+        for optimizer in self._optimizers:
+            self._handles.append(optimizer.register_state_dict_post_hook(self._full_optimizer_state))
+
+    def _cut(self, graph: Graph, rows: dict[str, Tensor], columns: dict[str, Tensor]) -> None:
+        for name in dict.fromkeys((*rows, *columns)):
+            layer = self._layers[name]
+            self._cut_parameter(name, rows.get(name), columns.get(name))
+            if name in rows:
+                set_widths(layer, len(rows[name]), output=True)
+                if layer.bias is not None:
+                    self._cut_parameter(_bias(name), rows[name], None)
+            if name in columns:
+                set_widths(layer, len(columns[name]), output=False)
+                self._select_inputs(name, ~self._fed_by_cut_units(graph, name, rows), columns[name])
+        self._sparsity.graph = graph.cut(rows, columns)
+
+    def _cut_parameter(self, name: str, rows: Tensor | None, columns: Tensor | None) -> None:
+        sparsity = self._sparsity
+        parameter = sparsity.tensors[name]
+        change = Kept.all_of(parameter).cut(rows, columns)
+        sparsity.kept[name] = sparsity.kept.get(name, Kept.all_of(parameter)).cut(rows, columns)
+        self._replace(name, change.select)
+        if name in sparsity.masks:
+            mask = sparsity.masks[name]
+            sparsity.masks.replace({name: Mask(change.select(mask.dead), change.select(mask.removed))})
+
+    def _replace(self, name: str, change: Callable[[Tensor], Tensor]) -> None:
+        """Change a parameter's tensor, its gradient and its moments."""
+        parameter = self._sparsity.tensors[name]
+        shape = parameter.shape
+        gradient = None if parameter.grad is None else change(parameter.grad)
+        for optimizer in self._optimizers:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and value.shape == shape and value.ndim > 0:
+                    optimizer.state[parameter][key] = change(value)
+        _set(parameter, change(parameter.data), gradient)
+
+    def _select_inputs(self, name: str, arriving: Tensor, left: Tensor) -> None:
+        """Let a layer take, of what arrives (bool, of its inputs until now), only the inputs that are left."""
+        old = self._selects.pop(name, None)
+        places = torch.arange(len(arriving)) if old is None else old.places  # where each input until now arrived
+        n_arrived = len(arriving) if old is None else old.n_arrive
+        still = torch.ones(n_arrived, dtype=torch.bool)
+        still[places[~arriving]] = False
+        renumbered = still.cumsum(0) - 1
+        if old is not None:
+            old.handle.remove()
+        new = _Select(renumbered[places[left]], int(still.sum()), self._layers[name])
+        if len(new.places) < new.n_arrive:
+            self._selects[name] = new
+        else:
+            new.handle.remove()
+
+    def _snapshot(self) -> Callable[[], None]:
+        """Return what puts everything back as it is now."""
+        sparsity = self._sparsity
+        graph, kept, masks = sparsity.graph, dict(sparsity.kept), dict(sparsity.masks)
+        tensors = {name: (p.data, p.grad) for name, p in sparsity.tensors.items()}
+        states = [
+            (optimizer, {p: dict(state) for p, state in optimizer.state.items()}) for optimizer in self._optimizers
+        ]
+        selects = {name: (select.places, select.n_arrive) for name, select in self._selects.items()}
+
+        def undo() -> None:
+            for name, (data, gradient) in tensors.items():
+                _set(sparsity.tensors[name], data, gradient)
+            for optimizer, state in states:
+                for owner, values in state.items():
+                    optimizer.state[owner].update(values)
+            sparsity.graph = graph
+            sparsity.kept.clear()
+            sparsity.kept.update(kept)
+            sparsity.masks.replace(masks)
+            for select in self._selects.values():
+                select.handle.remove()
+            self._selects = {name: _Select(*places, self._layers[name]) for name, places in selects.items()}
+            self._reset_widths()
+
+        return undo
+
+    def _reset_widths(self) -> None:
+        for layer in self._layers.values():
+            weight = layer.get_parameter("weight")
+            set_widths(layer, weight.shape[0], output=True)
+            set_widths(layer, weight.shape[1] * getattr(layer, "groups", 1), output=False)
+
+    @torch.no_grad()
+    def restore_(self) -> None:
+        """Give all tensors their full shapes again, with zeros where something was cut."""
+        sparsity = self._sparsity
+        for name, kept in sparsity.kept.items():
+            self._replace(name, kept.expand)
+        sparsity.masks.replace(sparsity.masks.full(sparsity.kept))
+        sparsity.kept.clear()
+        if sparsity.full_graph is not None:
+            sparsity.graph, sparsity.full_graph = sparsity.full_graph, None
+        for handle in (*self._handles, *(select.handle for select in self._selects.values())):
+            handle.remove()
+        self._handles, self._selects = [], {}
+        self._reset_widths()
+
+    def _outputs(self) -> list[Tensor]:
+        with float64_copy(self._module) as twin:
+            twin.eval()
+            return [leaf for call in self._sparsity.calls for leaf in replay(twin, *call)]
+
+    def _full_optimizer_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        names = {id(parameter): name for name, parameter in self._sparsity.tensors.items()}
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        states = dict(state_dict["state"])
+        for index, parameter in enumerate(parameters):
+            kept = self._sparsity.kept.get(names.get(id(parameter), ""))
+            if kept is not None and index in states:
+                states[index] = {
+                    key: kept.expand(value)
+                    if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim > 0
+                    else value
+                    for key, value in states[index].items()
+                }
+        return {**state_dict, "state": states}
+
+
+class _Select:
+    """Takes the inputs that a layer still reads out of those that arrive."""
+
+    def __init__(self, places: Tensor, n_arrive: int, layer: nn.Module) -> None:
+        self.places, self.n_arrive = places, n_arrive
+        self.axis = -1 - n_kernel_axes(layer)
+        self.handle = layer.register_forward_pre_hook(_Take(places, self.axis))
+
+
+class _Take:
+    """A forward pre-hook; it can be copied and pickled with the module."""
+
+    def __init__(self, places: Tensor, axis: int) -> None:
+        self.places, self.axis = places, axis
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        self.places = self.places.to(args[0].device)
+        return (args[0].index_select(self.axis, self.places), *args[1:])
+
+
+class _FullFiles:
+    """Hooks of a layer whose files have the full shapes; they can be copied and pickled with the module."""
+
+    def __init__(self, kept: dict[str, Kept], names: dict[str, str]) -> None:
+        self.kept, self.names = kept, names
+
+    def save(self, layer: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+        for local, name in self.names.items():
+            if name in self.kept and prefix + local in state_dict:
+                state_dict[prefix + local] = self.kept[name].expand(state_dict[prefix + local])
+
+    def load(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        for local, name in self.names.items():
+            value = state_dict.get(prefix + local)
+            if name in self.kept and isinstance(value, Tensor) and value.shape == self.kept[name].shape:
+                small = self.kept[name].select(value)
+                if value.ndim > 1 and int(small.count_nonzero()) < int(value.count_nonzero()):
+                    raise ValueError(f"{name!r} was made smaller; the file has weights where nothing is left")
+                state_dict[prefix + local] = small
+
+
+def _set(parameter: nn.Parameter, data: Tensor, gradient: Tensor | None) -> None:
+    """Give a parameter a tensor of another shape."""
+    other = torch.float32 if parameter.dtype != torch.float32 else torch.float64
+    parameter.grad = None
+    # A graph that is still alive somewhere keeps the node that adds up gradients of the old shape; another type renews it.
+    parameter.data = torch.empty(0, dtype=other, device=parameter.device)
+    parameter.data = data
+    parameter.grad = gradient
+
+
+def _bias(name: str) -> str:
+    return f"{name.removesuffix('weight')}bias"
+
+
+def _difference(old: Tensor, new: Tensor) -> float:
+    if old.shape != new.shape:
+        raise ValueError(f"its output would have shape {tuple(new.shape)} instead of {tuple(old.shape)}")
+    scale = old.abs().max().clamp(min=torch.finfo(old.dtype).tiny)
+    return float((new - old).abs().max() / scale)
