@@ -1,10 +1,11 @@
 """Sparse training for PyTorch Lightning: prune, rewire, rewind and explain any LightningModule."""
 
 from lightning_cpna.activations import UnitActivity, Watch, mean_replacement_penalties, observe
-from lightning_cpna.callbacks import CPNAPruning, NeuronPruning
+from lightning_cpna.callbacks import CPNAPruning, DeadUnitLogger, NeuronPruning
 from lightning_cpna.compact import Compacted, compact, load_compact
 from lightning_cpna.cost import Cost, cost_of
 from lightning_cpna.graph import Graph
+from lightning_cpna.landscape import LayerUnits, UnitReport, plot_units, unit_report
 from lightning_cpna.masks import Masks, infer_masks, keep_top
 from lightning_cpna.plots import Connectivity, connectivity, plot_connectivity, plot_schedule
 from lightning_cpna.report import LayerReport, SparsityReport
@@ -28,10 +29,12 @@ __all__ = [
     "Connectivity",
     "Cost",
     "Cubic",
+    "DeadUnitLogger",
     "EpochFraction",
     "Geometric",
     "Graph",
     "LayerReport",
+    "LayerUnits",
     "Linear",
     "Masks",
     "NeuronPruning",
@@ -44,6 +47,7 @@ __all__ = [
     "Target",
     "UnitActivity",
     "UnitInputs",
+    "UnitReport",
     "UnitScore",
     "Watch",
     "compact",
@@ -56,8 +60,10 @@ __all__ = [
     "observe",
     "plot_connectivity",
     "plot_schedule",
+    "plot_units",
     "rescale_",
     "sparsity_of",
     "trace",
+    "unit_report",
     "weight_saliencies",
 ]

@@ -19,6 +19,7 @@ from lightning_cpna import (
     Sparsity,
     UnitInputs,
     UnitScore,
+    Watch,
     compact,
     keep_top,
     mean_replacement_penalties,
@@ -107,7 +108,8 @@ class UnitRemover:
         self._sparsity.graph = graph = trace(self.module, data.train.x[:4])
         batch, names = scored_batch(data), module.hidden
         activity = observe(self.module, graph, names, [batch], cross_entropy)
-        self._means = {reader: mean for name in names for reader, mean in activity[name].means.items()}
+        means = {reader: mean for name in names for reader, mean in activity[name].means.items()}
+        self._watch, self._batch, self._names = Watch(self.module, means), batch, names
         self.n_units = sum(len(graph[name].units) for name in names)
         score = UnitScore(kind, largest_first=largest_first)  # type: ignore[arg-type]
         self._scores = {}
@@ -119,9 +121,7 @@ class UnitRemover:
                 graph=graph,
                 generator=torch.Generator().manual_seed(seed),
                 activity=activity[name],
-                penalize=partial(
-                    mean_replacement_penalties, self.module, graph, name, [batch], cross_entropy, self._means
-                ),
+                penalize=partial(mean_replacement_penalties, self.module, graph, name, [batch], cross_entropy, means),
             )
             values = score(inputs)
             self._scores[name] = values / values.norm()  # so that layers can be compared (Evci)
@@ -131,10 +131,18 @@ class UnitRemover:
         )
 
     def keep(self, n: int, replace: str) -> None:
-        """Remove all but the ``n`` best units; each is replaced by "zero" or by its "mean"."""
-        if n < self._sparsity.n_remaining(self._budget):
-            means = self._means if replace == "mean" else None
-            self._sparsity.prune_units_(self._budget, n, self._scores, means=means)
+        """Remove all but the ``n`` best units; each is replaced by "zero" or by its "mean" in the network as it is by then."""
+        graph = self._sparsity.graph
+        if graph is None or n >= self._sparsity.n_remaining(self._budget):
+            return
+        means = None
+        if replace == "mean":
+            with torch.no_grad(), self._watch:
+                self.module(self._batch[0])
+            self._watch.clear()
+            self._watch.digest(graph, self._names)
+            means = self._watch.means()
+        self._sparsity.prune_units_(self._budget, n, self._scores, means=means)
 
 
 def smaller(seed: int, folder: Path | None) -> list[Row]:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 Row = dict[str, Any]
+COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")
 LABELS = {
     "magnitude": "magnitude", "first_order": "first order |w g|", "second_order": "second order", "hessian": "|w (H w)|",
     "hessian_diagonal": "Hessian diagonal", "random": "random", "norm": "norm", "path": "path", "activation": "activation",
@@ -43,7 +44,7 @@ def _lines(axes: Axes, rows: list[Row], line: str, x: str, y: str) -> None:
         points = sorted(key[1] for key in found if key[0] == kind)
         mean = np.array([found[kind, point][0] for point in points])
         spread = np.array([found[kind, point][1] for point in points])
-        style = {"color": "0.5", "linestyle": "--"} if kind == "random" else {"color": f"C{i % 10}"}
+        style = {"color": "0.5", "linestyle": "--"} if kind == "random" else {"color": COLOURS[i]}
         axes.plot(points, mean, marker=".", label=LABELS.get(kind, str(kind)), **style)  # type: ignore[arg-type]
         axes.fill_between(points, mean - spread, mean + spread, alpha=0.15, linewidth=0, color=style["color"])
     axes.grid(alpha=0.3)

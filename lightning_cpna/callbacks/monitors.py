@@ -1,0 +1,111 @@
+"""Callbacks that only look."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from lightning_cpna._lightning import Callback, LightningModule, Trainer
+from lightning_cpna.activations import Watch, layers_of
+from lightning_cpna.callbacks.capture import Capture, few_rows, running_eagerly
+from lightning_cpna.graph import Graph
+from lightning_cpna.landscape.units import CONSTANT
+from lightning_cpna.tracing import trace_calls
+
+
+class DeadUnitLogger(Callback):
+    """Logs, after every validation, how many units of each hidden layer are dead over the validation set.
+
+    A unit that is never active is zero for every example; a constant one is the same for every example. Each process
+    looks at its own part of the data, and the first one logs.
+
+    Args:
+        name: Prefix of what is logged.
+
+    Logged, for each hidden layer whose units can be followed: ``{name}/{weight}/never_active``,
+    ``{name}/{weight}/constant``, and the ``{name}/{weight}/units`` that there are.
+
+    Example:
+        >>> DeadUnitLogger().name
+        'dead_units'
+    """
+
+    def __init__(self, name: str = "dead_units") -> None:
+        if not name:
+            raise ValueError("name is ''; allowed is any text")
+        self.name = name
+        self._graph: Graph | None = None
+        self._watch: Watch | None = None
+        self._capture: Capture | None = None
+        self._watching = contextlib.ExitStack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a running validation."""
+        return {**self.__dict__, "_graph": None, "_watch": None, "_capture": None, "_watching": contextlib.ExitStack()}
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew: the network may have changed."""
+        self._graph, self._watch = None, Watch(pl_module)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Watch the batch."""
+        if self._watch is None or dataloader_idx > 0:
+            return
+        if self._graph is None:
+            self._capture = Capture(
+                pl_module, [layer.get_parameter("weight") for layer in layers_of(pl_module).values()]
+            )
+        self._watching.enter_context(running_eagerly(pl_module))
+        self._watching.enter_context(self._watch)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take in what was seen."""
+        self._watching.close()
+        if self._watch is None or dataloader_idx > 0:
+            return
+        if self._capture is not None:
+            self._graph = trace_calls(pl_module, few_rows(self._capture.finish()))
+            self._capture = None
+        if self._graph is not None:
+            self._watch.digest(self._graph, self._hidden(pl_module, self._graph))
+
+    @staticmethod
+    def _hidden(pl_module: LightningModule, graph: Graph) -> list[str]:
+        layers = set(layers_of(pl_module))
+        return [
+            name
+            for name, layer in graph.items()
+            if layer.lost is None and (readers := {r.weight for r in graph.fed_by(name)}) and {name, *readers} <= layers
+        ]
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log."""
+        if self._graph is None or self._watch is None:
+            return
+        for name in self._hidden(pl_module, self._graph):
+            activity = self._watch.activity(self._graph, name)
+            constant = activity.variance <= CONSTANT * activity.largest.square()
+            counts = {
+                "never_active": int((activity.largest == 0).sum()),
+                "constant": int(constant.sum()),
+                "units": len(activity.largest),
+            }
+            pl_module.log_dict({f"{self.name}/{name}/{key}": float(count) for key, count in counts.items()})
+        self._watch = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the hooks off."""
+        self._watching.close()
+        if self._capture is not None:
+            self._capture.close()
+            self._capture = None
