@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: env demo test test-slow benchmark results format clean
+.PHONY: env demo test test-slow benchmark results results-saliency format clean
 
 env: $(VENV)/installed
 
@@ -37,6 +37,12 @@ results: env
 	for name in 3d 4d 5d 5d_plain 5d_p15; do cp runs/results/$$name/results.json examples/xor/results/$$name.json; done
 	cp runs/results/3d/3d_p60_training.png runs/results/3d/3d_p60_connections.png runs/results/3d/3d_p60_connectivity_cpna_all.png examples/xor/results/
 	$(BIN)/python -m examples.xor.table examples/xor/results/*.json --readme README.md
+
+# What the README says of saliencies: five seeds; MNIST is downloaded, or in the folder that LIGHTNING_CPNA_DATA names.
+results-saliency: env
+	$(BIN)/python -m examples.saliency --experiments removable curves smaller concentration --seeds 5 --out runs/saliency
+	cp runs/saliency/*.json runs/saliency/*.png examples/saliency/results/
+	$(BIN)/python -m examples.saliency.figures examples/saliency/results --readme README.md
 
 format: env
 	$(BIN)/ruff check --fix .

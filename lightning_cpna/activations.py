@@ -7,19 +7,23 @@ else lies between. Replacing it there by its mean is exactly what adding the mea
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from lightning_cpna.graph import Graph
 from lightning_cpna.targets import all_targets
 
+CHUNK = 2**16  # chosen: numbers at a time, so that they stay in the processor's cache
 Loss = Callable[[Any, Any], Tensor]
 """``(module, batch) -> loss``, a scalar: the mean over the examples of the batch."""
 
@@ -31,17 +35,20 @@ class UnitActivity:
     Attributes:
         examples: How many examples were seen.
         largest: The largest magnitude of each unit's activation, ``(unit,)``.
+        spread: How far its activations are apart, the greatest less the smallest, ``(unit,)``; where a unit feeds several
+            inputs, of the one where they are farthest apart.
         mean_magnitude: The mean magnitude, ``(unit,)``.
-        variance: The variance of the activation over examples and positions, ``(unit,)``; the largest one, where a unit
-            feeds several inputs.
+        variance: The variance of the activation over examples and positions, ``(unit,)``, likewise.
         means: For each layer that the units feed, by weight name, the mean of each of its inputs, ``(input,)``.
-        removal_saliency: ``mean_x |a * dL/da|``, the first-order change of the loss when the unit is set to zero,
-            ``(unit,)``; None if no gradient was seen.
+        removal_saliency: ``mean_x |a * dL/da|`` with L the loss of the example, the first-order change when the unit is set
+            to zero, ``(unit,)``; None if no gradient was seen. In a training loop L is what is differentiated: of a mean
+            over n examples, a loss n times smaller.
         mean_replacement_saliency: ``mean_x |(mean(a) - a) * dL/da|``, likewise when it is set to its mean.
     """
 
     examples: int
     largest: Tensor
+    spread: Tensor
     mean_magnitude: Tensor
     variance: Tensor
     means: Mapping[str, Tensor]
@@ -96,28 +103,28 @@ class Watch:
     def clear(self) -> None:
         """Forget what was seen."""
         self._sums: dict[str, _Sums] = {}
-        self._saliency: dict[str, Tensor] = {}  # (2, unit), summed over examples
+        self._saliency: dict[str, tuple[Tensor, int]] = {}  # (2, unit), summed over so many examples
         self._examples: dict[str, int] = {}
 
     def __enter__(self) -> Watch:
         """Begin to watch; what was recorded but not taken in is dropped."""
         self._recorded = {name: [] for name in self._readers}
         for name, reader in self._readers.items():
-            self._context.callback(reader.register_forward_pre_hook(partial(self._record, name)).remove)
+            self._context.callback(change_input(reader, partial(self._record, name)).remove)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Stop watching."""
         self._context.close()
 
-    def _record(self, name: str, reader: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _record(self, name: str, x: Tensor) -> Tensor:
         # The reader's own view, so that the gradient is what comes back from this reader alone.
-        view = args[0].view_as(args[0]) if args[0].requires_grad or not torch.is_grad_enabled() else _leaf(args[0])
+        view = x.view_as(x) if x.requires_grad or not torch.is_grad_enabled() else _leaf(x)
         call = _Call(view)
         self._recorded[name].append(call)
         if view.requires_grad:
-            view.register_hook(call.keep_gradient)
-        return (view, *args[1:])
+            view.register_hook(call.keep_gradient)  # type: ignore[no-untyped-call]
+        return view
 
     def backward(self, loss: Tensor) -> None:
         """Find the gradients of a batch's mean loss at what was recorded; the parameters' own are left as they are."""
@@ -141,7 +148,7 @@ class Watch:
             ValueError: If the readers of a layer's units were not watched, or saw different numbers of examples.
         """
         calls: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
-        now: dict[str, _Sums] = {}
+        at: dict[str, Tensor] = {}
         for reader in dict.fromkeys(layer.weight for name in names for layer in graph.fed_by(name)):
             if reader not in self._readers:
                 raise ValueError(f"what {reader!r} reads was not watched; allowed are Linear and Conv modules")
@@ -149,52 +156,62 @@ class Watch:
                 (self._rows(reader, call.x), None if call.gradient is None else self._rows(reader, call.gradient))
                 for call in self._recorded.get(reader, [])
             ]
-            now[reader] = _Sums()
-            for x, _ in calls[reader]:
-                now[reader].add(x)
-                self._sums.setdefault(reader, _Sums()).add(x)
+            if calls[reader]:
+                new = [_Sums.of(part) for x, _ in calls[reader] for part in torch.split(x, _chunk(x))]
+                sums = functools.reduce(operator.add, new)
+                self._sums[reader] = self._sums[reader] + sums if reader in self._sums else sums
+                at[reader] = means[reader] if means else sums.mean
         self._recorded = {name: [] for name in self._readers}
         for name in names:
             seen = [layer.weight for layer in graph.fed_by(name) if calls[layer.weight]]
-            if not seen:
-                continue
-            self._examples[name] = self._examples.get(name, 0) + sum(len(x) for x, _ in calls[seen[0]])
-            changes = [
-                self._first_order(graph, name, reader, calls[reader], means[reader] if means else now[reader].mean)
-                for reader in seen
-            ]
-            known = [change for change in changes if change is not None]
-            if len({change.shape for change in known}) > 1:
-                raise ValueError(
-                    f"the layers that {name!r} feeds see different numbers of examples, so that what a unit does to an "
-                    "example's loss cannot be added up; use a score that needs no gradient"
-                )
-            if known:
-                total = torch.stack(known).sum(0).abs().sum(1).double().cpu()  # (2, unit)
-                self._saliency[name] = total + self._saliency.get(name, 0)
+            if seen:
+                self._examples[name] = self._examples.get(name, 0) + sum(len(x) for x, _ in calls[seen[0]])
+            back = {reader: [(x, g) for x, g in calls[reader] if g is not None] for reader in seen}
+            if any(back.values()):
+                self._add_saliency(graph, name, {reader: pairs for reader, pairs in back.items() if pairs}, at)
 
-    def _first_order(
-        self, graph: Graph, name: str, reader: str, calls: Sequence[tuple[Tensor, Tensor | None]], mean: Tensor
-    ) -> Tensor | None:
-        """Return each example's change of the loss by one reader, at removal and at replacement, ``(2, example, unit)``."""
-        found = []
-        for x, g in calls:
-            if g is None:
-                return None
-            at_zero, at_mean = -(x * g).sum(2), ((mean.to(x)[None, :, None] - x) * g).sum(2)  # (example, input)
-            found.append(torch.stack([graph.at_units(change, reader, name) for change in (at_zero, at_mean)]))
-        return torch.cat(found, dim=1)
+    def _add_saliency(
+        self, graph: Graph, name: str, calls: Mapping[str, Sequence[tuple[Tensor, Tensor]]], means: Mapping[str, Tensor]
+    ) -> None:
+        """Add by how much each unit's removal, and its replacement, changes each example's loss, to first order."""
+        lengths = {tuple(len(x) for x, _ in pairs) for pairs in calls.values()}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"the layers that {name!r} feeds see different numbers of examples, so that what a unit does to an "
+                "example's loss cannot be added up; use a score that needs no gradient"
+            )
+        [sizes] = lengths
+        total = torch.zeros(2, len(graph[name].units), dtype=torch.float64)
+        for call, size in enumerate(sizes):
+            step = min(_chunk(pairs[call][0]) for pairs in calls.values())
+            for start in range(0, size, step):
+                parts = []
+                for reader, pairs in calls.items():
+                    x, g = (tensor[start : start + step] for tensor in pairs[call])
+                    product, gradient = (x * g, g) if x.ndim == 2 else ((x * g).sum(2), g.sum(2))  # (example, input)
+                    at_mean = gradient * means[reader].to(x) - product
+                    parts.append([graph.at_units(change, reader, name) for change in (product, at_mean)])
+                changes = [
+                    functools.reduce(torch.add, change) for change in zip(*parts, strict=True)
+                ]  # (example, unit)
+                total += torch.stack([change.abs().sum(0) for change in changes]).cpu()
+        old, n = self._saliency.get(name, (torch.zeros_like(total), 0))
+        self._saliency[name] = (old + total, n + sum(sizes))
 
     def _rows(self, name: str, x: Tensor) -> Tensor:
-        """Turn what a reader reads into ``(example, input, position)``, in float32 or better."""
+        """Turn what a reader reads into ``(example, input)`` or ``(example, input, position)``, in float32 or better."""
         n_kernel = n_kernel_axes(self._readers[name])
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide.unsqueeze(0) if wide.ndim == n_kernel + 1 else wide
-        return wide.movedim(-1 - n_kernel, 1).flatten(2) if wide.ndim > 2 else wide.unsqueeze(2)
+        return wide.movedim(-1 - n_kernel, 1).flatten(2) if wide.ndim > 2 else wide
 
     def means(self) -> dict[str, Tensor]:
         """Return the mean of each reader's inputs so far, ``(input,)``, by weight name."""
         return {name: sums.mean for name, sums in self._sums.items()}
+
+    def has_seen(self, graph: Graph, name: str) -> bool:
+        """Tell whether all layers ran that the units of a layer feed."""
+        return all(reader.weight in self._sums for reader in graph.fed_by(name))
 
     def activity(self, graph: Graph, name: str) -> UnitActivity:
         """Return what the units of one layer did.
@@ -208,20 +225,22 @@ class Watch:
             raise ValueError(
                 f"the activations of {name!r} were not seen: {', '.join(missing) or 'no layer'} did not run"
             )
-        cells = torch.zeros(4, len(graph[name].units), dtype=torch.float64)
-        largest, variance, magnitude, count = cells  # (unit,) each
+        cells = torch.zeros(5, len(graph[name].units), dtype=torch.float64)
+        largest, spread, variance, magnitude, count = cells  # (unit,) each
         for reader in readers:
             sums = self._sums[reader]
             inputs, units = graph.columns(reader, name, torch.device("cpu"))
-            largest.scatter_reduce_(0, units, sums.largest[inputs], "amax")
+            largest.scatter_reduce_(0, units, torch.maximum(sums.greatest, -sums.smallest)[inputs], "amax")
+            spread.scatter_reduce_(0, units, (sums.greatest - sums.smallest)[inputs], "amax")
             variance.scatter_reduce_(0, units, sums.variance[inputs], "amax")
             magnitude.index_add_(0, units, sums.magnitude[inputs])
             count.index_add_(0, units, torch.full_like(sums.magnitude, sums.count)[inputs])
-        saliency = self._saliency.get(name)
-        saliency = None if saliency is None else saliency / self._examples[name]
+        summed, n = self._saliency.get(name, (None, 0))
+        saliency = None if summed is None else summed / n
         return UnitActivity(
             examples=self._examples[name],
             largest=largest,
+            spread=spread,
             mean_magnitude=magnitude / count,
             variance=variance,
             means={reader: self._sums[reader].mean for reader in readers},
@@ -233,14 +252,15 @@ class Watch:
         """Return what was taken in, as CPU tensors and Python primitives."""
         return {
             "sums": {name: sums.state_dict() for name, sums in self._sums.items()},
-            "saliency": dict(self._saliency),
+            "saliency": {name: list(summed) for name, summed in self._saliency.items()},
             "examples": dict(self._examples),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a ``state_dict``."""
         self._sums = {name: _Sums(**sums) for name, sums in state["sums"].items()}
-        self._saliency, self._examples = dict(state["saliency"]), dict(state["examples"])
+        self._saliency = {name: tuple(summed) for name, summed in state["saliency"].items()}
+        self._examples = dict(state["examples"])
 
 
 class _Call:
@@ -259,20 +279,29 @@ class _Call:
 class _Sums:
     """Sums over rows of what a layer reads, float64 ``(input,)`` on the CPU."""
 
-    count: int = 0
-    total: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    square: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    magnitude: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    largest: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    count: int
+    total: Tensor
+    square: Tensor
+    magnitude: Tensor
+    smallest: Tensor
+    greatest: Tensor
 
-    def add(self, x: Tensor) -> None:
-        """Add ``(example, input, position)``."""
-        wide = x if x.device.type == "mps" else x.double()
-        sums = (wide.sum((0, 2)), wide.square().sum((0, 2)), wide.abs().sum((0, 2)), wide.abs().amax((0, 2)))
-        total, square, magnitude, largest = (values.double().cpu() for values in sums)
-        self.count += x.shape[0] * x.shape[2]
-        self.total, self.square, self.magnitude = self.total + total, self.square + square, self.magnitude + magnitude
-        self.largest = torch.maximum(self.largest, largest)
+    @classmethod
+    def of(cls, x: Tensor) -> _Sums:
+        """Add up ``(example, input)`` or ``(example, input, position)``."""
+        rows = [0, *range(2, x.ndim)]
+        sums = (x.sum(rows), x.square().sum(rows), x.abs().sum(rows), x.amin(rows), x.amax(rows))
+        return cls(x.numel() // x.shape[1], *(values.cpu().double() for values in sums))
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(
+            self.count + other.count,
+            self.total + other.total,
+            self.square + other.square,
+            self.magnitude + other.magnitude,
+            torch.minimum(self.smallest, other.smallest),
+            torch.maximum(self.greatest, other.greatest),
+        )
 
     @property
     def mean(self) -> Tensor:
@@ -286,19 +315,42 @@ class _Sums:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
+def _chunk(x: Tensor) -> int:
+    """Return how many examples are worked on at a time."""
+    return max(1, CHUNK // max(1, x[0].numel())) if len(x) else 1
+
+
 def _leaf(x: Tensor) -> Tensor:
     """Make a leaf that requires a gradient, of what has none; integers cannot have one."""
     return x.detach().requires_grad_() if x.is_floating_point() else x
 
 
 def layers_of(module: nn.Module) -> dict[str, nn.Module]:
-    """Find the Linear and Conv modules, by the canonical names of their weights."""
+    """Find the Linear and Conv modules (transposed ones are others), by the canonical names of their weights."""
     names = {id(target.parameter): name for name, target in all_targets(module).items()}
     return {
         names[id(part.weight)]: part
         for part in module.modules()
-        if isinstance(part, nn.Linear | _ConvNd) and id(part.weight) in names
+        if isinstance(part, nn.Linear | _ConvNd) and not isinstance(part, _ConvTransposeNd) and id(part.weight) in names
     }
+
+
+def change_input(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Let a Linear or Conv read something else than it is called with, until the handle is removed."""
+    return layer.register_forward_pre_hook(ChangedInput(change), with_kwargs=True)
+
+
+class ChangedInput:
+    """A forward pre-hook that changes a layer's input; it is copied and pickled as its function is."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.change = change
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Change the input, however it was passed."""
+        if args:
+            return (self.change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "input": self.change(kwargs["input"])}
 
 
 def n_kernel_axes(reader: nn.Module) -> int:
@@ -335,7 +387,9 @@ def observe(
         >>> activity["0.weight"].mean_replacement_saliency.shape
         torch.Size([4])
     """
-    names = list(names)
+    names = [names] if isinstance(names, str) else list(names)
+    for name in names:
+        check_followed(graph, name)
     watch = Watch(module, {layer.weight for name in names for layer in graph.fed_by(name)})
     with evaluating(module), watch:
         for batch in batches:
@@ -374,30 +428,45 @@ def mean_replacement_penalties(
     Returns:
         The penalties, float64 ``(unit,)``.
     """
+    check_followed(graph, name)
     layers = layers_of(module)
     readers = {layer.weight: layers[layer.weight] for layer in graph.fed_by(name)}
+    if missing := sorted(set(readers) - set(means)):
+        raise ValueError(f"means has no entry for {missing[0]!r}; allowed are the means of {', '.join(readers)}")
     replaced: dict[str, Tensor] = {}
 
-    def replace(reader: str, owner: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, at = args[0].clone(), replaced[reader].to(args[0].device)
-        x.movedim(-1 - n_kernel_axes(owner), -1)[..., at] = means[reader].to(x)[at]
-        return (x, *args[1:])
+    def replace(reader: str, x: Tensor) -> Tensor:
+        x, at = x.clone(), replaced[reader].to(x.device)
+        x.movedim(-1 - n_kernel_axes(readers[reader]), -1)[..., at] = means[reader].to(x)[at]
+        return x
 
-    def mean_loss() -> float:
-        values = [(float(loss(module, batch)), _n_examples(batch)) for batch in batches]
-        return sum(value * n for value, n in values) / sum(n for _, n in values)
-
+    is_read = graph.outgoing_norm(name, dict(module.named_parameters()))[0] > 0
+    penalties = torch.zeros(len(is_read), dtype=torch.float64)  # of a unit that nothing reads it is 0
     with evaluating(module), contextlib.ExitStack() as context:
-        before = mean_loss()
+        before = mean_loss(module, batches, loss)
         for reader, owner in readers.items():
-            context.callback(owner.register_forward_pre_hook(partial(replace, reader)).remove)
-        penalties = []
-        for unit in range(len(graph[name].units)):
+            context.callback(change_input(owner, partial(replace, reader)).remove)
+        for unit in is_read.nonzero().flatten().tolist():
             for reader in readers:
                 inputs, units = graph.columns(reader, name, torch.device("cpu"))
                 replaced[reader] = inputs[units == unit]
-            penalties.append(mean_loss() - before)
-    return torch.tensor(penalties, dtype=torch.float64)
+            penalties[unit] = mean_loss(module, batches, loss) - before
+    return penalties
+
+
+def check_followed(graph: Graph, name: str) -> None:
+    """Raise if it is not known what the units of a layer feed."""
+    if name not in graph or not graph.fed_by(name):
+        hidden = ", ".join(other for other in graph if graph.fed_by(other))
+        raise ValueError(f"{name!r} is no layer whose units feed another; allowed here: {hidden or 'none'}")
+
+
+def mean_loss(module: nn.Module, batches: Sequence[Any], loss: Loss) -> float:
+    """Return the mean loss over the examples of all batches."""
+    values = [(float(loss(module, batch)), _n_examples(batch)) for batch in batches]
+    if not values:
+        raise ValueError("batches is empty; allowed is at least one batch")
+    return sum(value * n for value, n in values) / sum(n for _, n in values)
 
 
 def _n_examples(batch: Any) -> int:

@@ -9,15 +9,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_cpna.activations import Watch, evaluating, layers_of
+from lightning_cpna.activations import Watch, change_input, evaluating, layers_of
 from lightning_cpna.cost import Cost, cost_of
 from lightning_cpna.graph import Graph
-from lightning_cpna.replay import float64_copy, replay
+from lightning_cpna.replay import float64_copy, largest_difference, replay
+from lightning_cpna.shrink import is_shrunk
 from lightning_cpna.sparsity import Sparsity
 from lightning_cpna.surgery import Groups, cut_inputs_, cut_units_, set_shapes_, shapes_of
 from lightning_cpna.tracing import trace
@@ -31,9 +31,9 @@ class Compacted:
 
     Attributes:
         module: The compact network, a copy; the module that it was made of is as it was.
-        features: The input features that it reads, int64 ``(n,)``: call it with ``x[..., features]``. None: all, because all
-            are used, or the input is not one table of features.
-        removed: How many units went, by weight name.
+        features: The features of its first input that it reads, int64 ``(n,)``: call it with ``x[..., features]``. None: all,
+            because all are used, or the input is no table of features.
+        removed: How many units went of each layer, by weight name.
         left: What could not be taken out and stays as zeros: why, by weight name.
         before: What the network cost.
         after: What the compact one costs.
@@ -76,7 +76,9 @@ class Compacted:
         return "\n".join(lines)
 
 
-def compact(module: nn.Module, example: Tensor, *, batch_sizes: tuple[int, ...] = (1, 256)) -> Compacted:
+def compact(
+    module: nn.Module, example: Tensor | tuple[Tensor, ...], *, batch_sizes: tuple[int, ...] = (1, 256)
+) -> Compacted:
     """Take dead units and unused input features out of a network for real.
 
     A unit is dead if every weight that reads it is zero, or if nothing reaches it, so that it is a constant, which goes
@@ -87,11 +89,14 @@ def compact(module: nn.Module, example: Tensor, *, batch_sizes: tuple[int, ...] 
 
     Args:
         module: The network, trained; it is left as it is.
-        example: A real batch of inputs, ``(batch, ...)``.
+        example: A real batch of inputs, ``(batch, ...)``; a tuple of them, if the forward takes several.
         batch_sizes: The batch sizes at which latencies are measured.
 
     Returns:
         The compact network and what was done.
+
+    Raises:
+        ValueError: If the example is no tensor or tuple of tensors, or the module is being shrunk by a running fit.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -101,18 +106,30 @@ def compact(module: nn.Module, example: Tensor, *, batch_sizes: tuple[int, ...] 
         >>> compacted.module[0].weight.shape, compacted.features.tolist()
         (torch.Size([3, 5]), [0, 1, 3, 4, 5])
     """
+    inputs = (example,) if isinstance(example, Tensor) else example
+    if not isinstance(inputs, tuple) or not inputs or not all(isinstance(x, Tensor) for x in inputs):
+        raise ValueError(f"example is a {type(example).__name__}; allowed is a tensor, or a tuple of tensors")
     original = getattr(module, "_orig_mod", module)
+    if is_shrunk(original):
+        raise ValueError(
+            "module is made smaller by a running fit (shrink=True); allowed is to compact it after the fit"
+        )
     modes = {name: part.training for name, part in original.named_modules()}
     with evaluating(original):
-        work = _Work(copy.deepcopy(original).eval(), example)
+        work = _Work(copy.deepcopy(original).eval(), inputs)
         work.cut_units()
         features = work.cut_features()
-        compacted = work.module
-        small = example if features is None else example.index_select(-1, features.to(example.device))
-        before, after = cost_of(original, example, batch_sizes), cost_of(compacted, small, batch_sizes)
+    compacted = work.module
     for name, part in compacted.named_modules():
         part.training = modes[name]
-    return Compacted(compacted, features, work.removed, work.left, before, after)
+    before, after = cost_of(original, inputs, batch_sizes), cost_of(compacted, work.inputs, batch_sizes)
+    widths = {name: layer.get_parameter("weight").shape[0] for name, layer in layers_of(original).items()}
+    removed = {
+        name: n
+        for name, layer in layers_of(compacted).items()
+        if (n := widths[name] - layer.get_parameter("weight").shape[0])
+    }
+    return Compacted(compacted, features, removed, work.left, before, after)
 
 
 def load_compact(module: nn.Module, folder: str | Path) -> tuple[nn.Module, Tensor | None]:
@@ -139,56 +156,46 @@ def load_compact(module: nn.Module, folder: str | Path) -> tuple[nn.Module, Tens
 class _Work:
     """A copy of a network from which units and features are cut."""
 
-    def __init__(self, module: nn.Module, example: Tensor) -> None:
-        self.module, self.example = module, example
-        self.removed: dict[str, int] = {}
+    def __init__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.module, self.inputs = module, inputs
         self.left: dict[str, str] = {}
-        self._expected = _outputs(module, example)
+        self._expected = self._outputs(module, inputs)
         self._given_up: set[str] = set()
 
     def cut_units(self) -> None:
         """Cut until nothing is dead any more."""
         cutting = True
         while cutting:
-            graph = trace(self.module, self.example)
+            graph = trace(self.module, *self.inputs)
             cutting = False
             for name in reversed(list(layers_of(self.module))):
-                if (
-                    name not in self._given_up
-                    and not (name in graph and graph[name].is_output)
-                    and self._cut(graph, name)
-                ):
+                # What reaches the output through a call that mixes units has another obstacle than that.
+                is_output = name in graph and graph[name].is_output and len(graph[name].obstacles) == 1
+                if name not in self._given_up and not is_output and self._cut(graph, name):
                     cutting = True
-                    graph = trace(self.module, self.example)
+                    graph = trace(self.module, *self.inputs)
 
     def _cut(self, graph: Graph, name: str) -> bool:
         """Cut a layer's dead units; return whether any went."""
-        is_known = name in graph and graph[name].lost is None and bool(graph.fed_by(name))
-        if is_known and all(reader.weight in layers_of(self.module) for reader in graph.fed_by(name)):
+        if name in graph.hidden(layers_of(self.module)):
             self._fold_constants(graph, name)
-            tensors = dict(self.module.named_parameters())
-            dead = _all_but_one(graph.outgoing_norm(name, tensors)[0] == 0)
+            dead = _all_but_one(graph.outgoing_norm(name, dict(self.module.named_parameters()))[0] == 0)
             if not dead.any():
                 return False
             n_groups = getattr(layers_of(self.module)[name], "groups", 1)
-            if n_groups == 1 and self._try(lambda module: cut_units_(module, graph, name, dead)) is None:
-                self.removed[name] = self.removed.get(name, 0) + int(dead.sum())
+            if n_groups == 1 and not self._try(lambda module: cut_units_(module, graph, name, dead)):
                 return True
         try:
-            dead = _all_but_one(Groups(copy.deepcopy(self.module), self.example).dead_units(name))
+            dead = _all_but_one(Groups(copy.deepcopy(self.module), self.inputs).dead_units(name))
+            why = self._try(lambda module: Groups(module, self.inputs).cut_(name, dead)) if dead.any() else ""
         except Exception as error:  # of the network's, or of torch-pruning's, which does not know every network
-            return self._give_up(name, _reason(error))
-        if not dead.any():
-            return False
-        if (why := self._try(lambda module: Groups(module, self.example).cut_(name, dead))) is not None:
-            return self._give_up(name, why)
-        self.removed[name] = self.removed.get(name, 0) + int(dead.sum())
-        return True
-
-    def _give_up(self, name: str, why: str) -> bool:
-        self._given_up.add(name)
-        self.left[name] = why
-        return False
+            why = _reason(error) if _has_zero_inputs(self.module) else ""
+            dead = torch.zeros(1, dtype=torch.bool)
+            self._given_up.add(name)
+        if why:
+            self._given_up.add(name)
+            self.left[name] = why
+        return not why and bool(dead.any())
 
     def _fold_constants(self, graph: Graph, name: str) -> None:
         """Put units that nothing reaches, whose activation is constant, into the biases of the layers that read them."""
@@ -196,10 +203,10 @@ class _Work:
         constant = graph.incoming_norm(name, tensors) == 0
         constant &= graph.outgoing_norm(name, tensors) > 0  # (1, unit)
         readers = [reader.weight for reader in graph.fed_by(name)]
-        if not constant.any() or any(graph[reader].bias is None for reader in readers):
+        if not constant.any():
             return
         with torch.no_grad(), Watch(self.module, readers) as watch:
-            self.module(self.example)
+            self.module(*self.inputs)
         watch.digest(graph, [name])
 
         def fold(module: nn.Module) -> None:
@@ -210,21 +217,22 @@ class _Work:
                 read = graph.at_inputs(constant, reader, name, default=False)[0]
                 sparsity.tensors[reader].data[:, read.to(sparsity.tensors[reader].device)] = 0
 
-        if (why := self._try(fold)) is not None:
+        if why := self._try(fold):
             self.left[name] = f"constant units: {why}"
 
     def cut_features(self) -> Tensor | None:
-        """Cut the input features that nothing reads; return those that are left, or None if all are."""
+        """Cut the features of the first input that nothing reads; return those that are left, or None if all are."""
         readers: dict[str, nn.Module] = {}
 
-        def note(name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
-            if args[0] is self.example and isinstance(layer, nn.Linear):
+        def note(name: str, layer: nn.Module, x: Tensor) -> Tensor:
+            if x is self.inputs[0] and isinstance(layer, nn.Linear):
                 readers[name] = layer
+            return x
 
         with contextlib.ExitStack() as context, torch.no_grad():
             for name, layer in layers_of(self.module).items():
-                context.callback(layer.register_forward_pre_hook(partial(note, name)).remove)
-            self.module(self.example)
+                context.callback(change_input(layer, partial(note, name, layer)).remove)
+            self.module(*self.inputs)
         if not readers:
             return None
         used = torch.stack([layer.get_parameter("weight").detach().any(0) for layer in readers.values()]).any(0)
@@ -238,33 +246,30 @@ class _Work:
             for name in readers:
                 cut_inputs_(layers[name], keep)
 
-        why = self._try(cut, self.example.index_select(-1, keep))
-        if why is not None:
+        small = (self.inputs[0].index_select(-1, keep), *self.inputs[1:])
+        if why := self._try(cut, small):
             self.left |= dict.fromkeys(readers, f"unused input features: {why}")
             return None
+        self.inputs = small
         return keep.cpu()
 
-    def _try(self, change: Callable[[nn.Module], None], example: Tensor | None = None) -> str | None:
+    def _try(self, change: Callable[[nn.Module], None], inputs: tuple[Tensor, ...] | None = None) -> str:
         """Change the network, unless that changes its outputs or breaks it; return why not."""
         twin = copy.deepcopy(self.module)
         try:
             change(twin)
-            outputs = _outputs(twin, self.example if example is None else example)
+            difference = largest_difference(self._expected, self._outputs(twin, inputs or self.inputs))
         except Exception as error:  # whatever the network's own code says to tensors of another width
             return _reason(error)
-        for old, new in zip(self._expected, outputs, strict=True):
-            if old.shape != new.shape:
-                return f"the output would have shape {tuple(new.shape)} instead of {tuple(old.shape)}"
-            scale = old.abs().max().clamp(min=torch.finfo(old.dtype).tiny)
-            if not float((new - old).abs().max() / scale) <= TOLERANCE:
-                return f"the output would change by {float((new - old).abs().max() / scale):.1e} of its magnitude"
+        if not difference <= TOLERANCE:
+            return f"the output would change by {difference:.1e} of its magnitude"
         self.module = twin
-        return None
+        return ""
 
-
-def _outputs(module: nn.Module, example: Tensor) -> list[Tensor]:
-    with float64_copy(module) as twin:
-        return replay(twin, "", ((example,), {}))
+    @staticmethod
+    def _outputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        with float64_copy(module) as twin:
+            return replay(twin, "", (inputs, {}))
 
 
 def _all_but_one(dead: Tensor) -> Tensor:
@@ -272,6 +277,12 @@ def _all_but_one(dead: Tensor) -> Tensor:
     dead = dead.clone()
     dead[:1] &= not bool(dead.all())
     return dead
+
+
+def _has_zero_inputs(module: nn.Module) -> bool:
+    """Tell whether any layer ignores one of its inputs, so that something may be dead."""
+    weights = (layer.get_parameter("weight").detach() for layer in layers_of(module).values())
+    return any(not bool(weight.movedim(1, 0).flatten(1).any(1).all()) for weight in weights)
 
 
 def _reason(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
@@ -11,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_cpna.activations import layers_of
+from lightning_cpna.activations import evaluating
 
 REPEATS, SECONDS = 30, 0.5  # chosen: the medians repeat within some percent
 
@@ -23,7 +25,7 @@ class Cost:
 
     Attributes:
         parameters: How many numbers its parameters hold.
-        macs: Multiply-adds of its Linear and Conv layers for one example, biases not counted.
+        macs: Multiply-adds of its Linear and Conv modules for one example, biases not counted.
         latency: Seconds of a forward pass, the median of up to 30, by batch size.
     """
 
@@ -33,45 +35,51 @@ class Cost:
 
 
 @torch.no_grad()
-def cost_of(module: nn.Module, example: Tensor, batch_sizes: Sequence[int] = ()) -> Cost:
-    """Count and time a network as it is, in its own mode.
+def cost_of(module: nn.Module, example: Tensor | tuple[Tensor, ...], batch_sizes: Sequence[int] = ()) -> Cost:
+    """Count and time a network in eval mode.
 
     Args:
-        module: The network.
-        example: A batch of inputs, ``(batch, ...)``.
+        module: The network; it is left as it is.
+        example: A batch of inputs, ``(batch, ...)``, or several, which are the arguments of its forward.
         batch_sizes: The batch sizes at which its forward pass is timed.
 
     Example:
         >>> cost_of(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.zeros(5, 3))
         Cost(parameters=26, macs=20, latency={})
     """
+    inputs = (example,) if isinstance(example, Tensor) else example
+    n = len(inputs[0])
     macs = 0
 
-    def count(layer: Any, _: Any, output: Tensor) -> None:
+    def count(layer: Any, args: Any, output: Tensor) -> None:
         nonlocal macs
-        macs += output.numel() * math.prod(layer.weight.shape[1:]) // len(example)
+        # Every output of a layer, and every input of a transposed one, is one product with its weight.
+        passes = args[0] if isinstance(layer, _ConvTransposeNd) else output
+        macs += passes.numel() * math.prod(layer.weight.shape[1:]) // n
 
-    handles = [layer.register_forward_hook(count) for layer in layers_of(module).values()]
-    try:
-        module(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    rows = {size: example[torch.arange(size, device=example.device) % len(example)] for size in batch_sizes}
-    latency = {size: _seconds(module, batch) for size, batch in rows.items()}
+    layers = [part for part in module.modules() if isinstance(part, nn.Linear | _ConvNd)]
+    with evaluating(module), contextlib.ExitStack() as context:
+        for layer in layers:
+            context.callback(layer.register_forward_hook(count).remove)
+        module(*inputs)
+        context.close()
+        latency = {}
+        for size in batch_sizes:
+            rows = torch.arange(size, device=inputs[0].device) % n
+            latency[size] = _seconds(module, tuple(x[rows] for x in inputs))
     return Cost(sum(parameter.numel() for parameter in module.parameters()), macs, latency)
 
 
-def _seconds(module: nn.Module, batch: Tensor) -> float:
+def _seconds(module: nn.Module, batch: tuple[Tensor, ...]) -> float:
     times: list[float] = []
     for _ in range(2):
-        module(batch)
+        module(*batch)
     while len(times) < REPEATS and sum(times) < SECONDS:
-        if batch.is_cuda:
+        if batch[0].is_cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
-        module(batch)
-        if batch.is_cuda:
+        module(*batch)
+        if batch[0].is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,6 +123,15 @@ class Graph(Mapping[str, Layer]):
     def fed_by(self, name: str) -> list[Layer]:
         """Return the layers that this one's units feed."""
         return [layer for layer in self.values() if (layer.weight, name) in self._columns]
+
+    def hidden(self, layers: Collection[str]) -> list[str]:
+        """Return the layers, all among some, of which it is known what their units feed, and that they are no output."""
+        found = []
+        for name, layer in self.items():
+            readers = {reader.weight for reader in self.fed_by(name)}
+            if readers and layer.lost is None and not layer.is_output and {name, *readers} <= set(layers):
+                found.append(name)
+        return found
 
     def is_last(self, name: str) -> bool:
         """Tell whether a layer's units are outputs of the network and feed nothing else."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,21 @@ def replay(module: nn.Module, prefix: str, call: Call) -> list[Tensor]:
     args, kwargs = widen(call)
     output = module.get_submodule(canonical_name(prefix))(*args, **kwargs)
     return [x for x in tree_leaves(plain(output)) if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]
+
+
+def largest_difference(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:
+    """Return by how much outputs changed, each as a fraction of its largest magnitude: the largest.
+
+    Raises:
+        ValueError: If an output has another shape.
+    """
+    largest = 0.0
+    for old, new in zip(before, after, strict=True):
+        if old.shape != new.shape:
+            raise ValueError(f"the output would have shape {tuple(new.shape)} instead of {tuple(old.shape)}")
+        difference = float((new - old).abs().max() / old.abs().max().clamp(min=torch.finfo(old.dtype).tiny))
+        largest = difference if not difference <= largest else largest  # NaN is the largest
+    return largest
 
 
 def plain(output: Any) -> Any:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_cpna.graph import Graph
 from lightning_cpna.moments import optimizer_of, reset_moments_, scale_moments_
-from lightning_cpna.replay import Calls, float64_copy, replay
+from lightning_cpna.replay import Calls, float64_copy, largest_difference, replay
 from lightning_cpna.targets import all_targets
 
 Moments = Literal["keep", "transform", "reset"]
@@ -147,11 +147,9 @@ def verify_rescaling(module: nn.Module, calls: Calls, graph: Graph, producers: l
         rescale_({name: target.parameter for name, target in all_targets(twin).items()}, graph, producers)
         torch.manual_seed(0)
         after = [leaf for call in calls for leaf in replay(twin, *call)]
-    for old, new in zip(before, after, strict=True):
-        difference = float((new - old).abs().max() / old.abs().max().clamp(min=torch.finfo(old.dtype).tiny))
-        if not difference <= 1e-9:
-            reader = graph.fed_by(producers[0])[0].weight
-            raise ValueError(
-                f"normalize: rescaling the units of {', '.join(producers)} changes the network's output on the first "
-                f"batch by {difference:.1e} of its magnitude, more than 1e-9; {_ways_out(graph, reader)}"
-            )
+    if not (difference := largest_difference(before, after)) <= 1e-9:
+        reader = graph.fed_by(producers[0])[0].weight
+        raise ValueError(
+            f"normalize: rescaling the units of {', '.join(producers)} changes the network's output on the first "
+            f"batch by {difference:.1e} of its magnitude, more than 1e-9; {_ways_out(graph, reader)}"
+        )

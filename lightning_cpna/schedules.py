@@ -235,6 +235,13 @@ def resolved_schedule(schedule: Schedule | ScheduleFunction, total_steps: float)
     return schedule.resolved(total_steps) if isinstance(schedule, Schedule) else schedule
 
 
+def in_window(schedule: Schedule | ScheduleFunction, step: int) -> bool:
+    """Tell whether a schedule acts at this step; of a function that is not known, so it always may."""
+    if not isinstance(schedule, Schedule):
+        return True
+    return schedule.start <= step <= schedule.window_end() and (step - schedule.start) % schedule.every == 0
+
+
 def n_remaining(schedule: Schedule | ScheduleFunction, step: int, n_start: int, n_end: int) -> int:
     """Ask a schedule, or a function in its place, for the number that remains, between ``n_end`` and ``n_start``.
 

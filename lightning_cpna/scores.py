@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cpna.graph import Graph
+from lightning_cpna.masks import Kept
 from lightning_cpna.targets import Target
 
 Granularity = Literal["connection", "feature", "unit"]
@@ -85,7 +86,7 @@ class Score:
         if self.kind == "gradient":
             return w * inputs.gradient.abs()
         if self.kind == "random":
-            return torch.rand(w.shape, generator=inputs.generator).to(w)
+            return inputs.random().to(w)
         return w
 
 
@@ -101,6 +102,7 @@ class ScoreInputs:
         tensors: All parameters of the module by canonical name.
         graph: The traced layers, or None if the module could not be traced.
         generator: A seeded CPU generator for scores that draw.
+        kept: What is left of the parameter, if it was made smaller.
         cells: Which connections a ``Score`` is asked for, as cells of the flattened parameter, whose axes must be
             ``(unit, input, *kernel)``; None, and always so for a function, is all.
     """
@@ -109,6 +111,7 @@ class ScoreInputs:
     tensors: Mapping[str, nn.Parameter]
     graph: Graph | None
     generator: torch.Generator
+    kept: Kept | None = None
     cells: Tensor | None = None
 
     @property
@@ -144,6 +147,14 @@ class ScoreInputs:
     def outgoing_norm(self) -> Tensor:
         """The norm of the weights that each unit feeds, ``(member, unit)``; 1 for outputs of the network."""
         return self.traced("path").outgoing_norm(self.target.name, self.tensors)
+
+    def random(self) -> Tensor:
+        """Draw uniform numbers in the shape of ``weight``, the same whether the parameter was made smaller or not."""
+        if self.cells is not None:  # these are in the same order then
+            return torch.rand(self.cells.shape, generator=self.generator)
+        parameter = self.target.parameter
+        drawn = torch.rand(parameter.shape if self.kept is None else self.kept.shape, generator=self.generator)
+        return self.target.axes.view(drawn if self.kept is None else self.kept.select(drawn))
 
     def along_units(self, values: Tensor) -> Tensor:
         """Lay values of the units, ``(member, unit)``, along the connections, so that they broadcast to ``weight``."""

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_cpna.activations import layers_of, n_kernel_axes
+from lightning_cpna.activations import change_input, layers_of, n_kernel_axes
 from lightning_cpna.graph import Graph
 from lightning_cpna.masks import Kept, Mask
 from lightning_cpna.moments import is_elementwise
-from lightning_cpna.replay import float64_copy, replay
+from lightning_cpna.replay import float64_copy, largest_difference, replay
 from lightning_cpna.report import feeds_something, live_mask
 from lightning_cpna.sparsity import Sparsity
 from lightning_cpna.surgery import set_widths
@@ -31,7 +31,8 @@ class Shrinking:
 
     Args:
         module: The module.
-        sparsity: What is known of it; its masks and its graph are those of the small tensors while it is shrunk.
+        sparsity: What is known of it, with the graph and the calls on which each cut is checked; its masks and its graph are
+            those of the small tensors while it is shrunk.
         optimizers: The optimizers.
 
     Raises:
@@ -41,7 +42,8 @@ class Shrinking:
         >>> from lightning_cpna import Score, trace
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
         >>> sparsity, optimizer = Sparsity(net), torch.optim.Adam(net.parameters())
-        >>> sparsity.graph = trace(net, torch.randn(16, 4))
+        >>> x = torch.randn(16, 4)
+        >>> sparsity.graph, sparsity.calls = trace(net, x), [("", ((x,), {}))]
         >>> [budget] = sparsity.add_budgets(net, {"2.weight": 3})
         >>> _ = sparsity.prune_(budget, 3, Score("normalized"))
         >>> shrinking = Shrinking(net, sparsity, [optimizer])
@@ -58,7 +60,7 @@ class Shrinking:
             raise ValueError("shrink is True, but the module has tied parameters; allowed is shrink=False")
         self._optimizers = list(optimizers)
         for optimizer in self._optimizers:
-            if not is_elementwise(optimizer):
+            if not is_elementwise(optimizer) or type(optimizer).__name__ == "Adafactor":
                 raise ValueError(
                     f"shrink is True, but {type(optimizer).__name__} is not known to work element by element; allowed are "
                     "torch's own optimizers that do, or shrink=False"
@@ -67,41 +69,67 @@ class Shrinking:
         self._layers = layers_of(module)
         self._refused: set[str] = set()
         self._selects: dict[str, _Select] = {}
+        self._select_handles: dict[str, RemovableHandle] = {}
         self._handles: list[RemovableHandle] = []
+        for name, layer in self._layers.items():
+            local = {"weight": name} | ({"bias": _bias(name)} if layer.bias is not None else {})
+            files = _FullFiles(sparsity.kept, local)
+            self._handles += [
+                layer._register_state_dict_hook(files.save),  # type: ignore[no-untyped-call]
+                layer._register_load_state_dict_pre_hook(files.load),  # type: ignore[no-untyped-call]
+            ]
+        for optimizer in self._optimizers:
+            self._handles += [
+                optimizer.register_state_dict_post_hook(self._full_state),
+                optimizer.register_load_state_dict_pre_hook(self._small_state),
+            ]
 
     @torch.no_grad()
     def shrink_(self) -> None:
-        """Cut all units and features that are dead now."""
+        """Cut all units and features that are dead now; what the network does not allow to be cut is left, with a warning.
+
+        Raises:
+            ValueError: If the module's calls are not known, on which each cut is checked.
+        """
         graph = self._sparsity.graph
         if graph is None:
             return
+        if not self._sparsity.calls:
+            raise ValueError("sparsity.calls is empty; allowed is at least one call, on which each cut is checked")
         self._sparsity.remove_dead_units_(self._optimizers)
-        rows = self._left_units(graph)
-        columns = self._left_inputs(graph, rows)
-        if not rows and not columns:
+        rows, columns = self._left_units(graph), self._unread_features(graph)
+        if not (rows or columns) or not self._cut_all(rows, columns):
             return
-        if not self._sparsity.kept:
-            self._begin(graph)
+        for name, left in rows.items():  # one at a time, to find which cannot be cut
+            self._refuse(name, self._cut_all({name: left}, {}))
+        for name, unread in columns.items():
+            self._refuse(name, self._cut_all({}, {name: unread}))
+
+    def _refuse(self, name: str, why: str) -> None:
+        if why:
+            self._refused.add(name)
+            warnings.warn(f"shrink: {name} stays as large as it is: {why}", stacklevel=2)
+
+    def _cut_all(self, rows: dict[str, Tensor], unread: dict[str, Tensor]) -> str:
+        """Cut units and features; undo it and return why, if the network does not allow it."""
+        graph = self._sparsity.graph
+        assert graph is not None
         before, undo = self._outputs(), self._snapshot()
-        self._cut(graph, rows, columns)
         try:
-            worst = max(map(_difference, before, self._outputs()), default=0.0)
-            reason = "" if worst <= TOLERANCE else f"its output would change by {worst:.1e} of its magnitude"
+            self._cut(graph, rows, self._left_inputs(graph, rows, unread))
+            difference = largest_difference(before, self._outputs())
+            why = "" if difference <= TOLERANCE else f"the output would change by {difference:.1e} of its magnitude"
         except Exception as error:  # whatever the network's own code says to tensors of another width
-            reason = f"{type(error).__name__}: {error}"
-        if reason:
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+        if why:
             undo()
-            refused = {*rows, *columns}
-            self._refused |= refused
-            warnings.warn(f"shrink: {', '.join(sorted(refused))} stay as large as they are: {reason}", stacklevel=2)
+        return why
 
     def _left_units(self, graph: Graph) -> dict[str, Tensor]:
         """Return which units of a layer are left, int64 ``(n,)`` by weight name, where not all are."""
         sparsity, left = self._sparsity, dict[str, Tensor]()
-        for name, layer in graph.items():
-            around = {name, *(reader.weight for reader in graph.fed_by(name))}
-            is_known = layer.lost is None and not layer.is_output and len(around) > 1 and layer.axes.groups == 1
-            if not is_known or around & self._refused or not around <= set(self._layers):
+        for name in graph.hidden(self._layers):
+            if name in self._refused or graph[name].axes.groups > 1:
                 continue
             target = sparsity.targets[name]
             incoming = target.axes.view(live_mask(sparsity.masks, target)).flatten(2).any(2)  # (1, unit)
@@ -111,18 +139,27 @@ class Shrinking:
                 left[name] = alive.nonzero().flatten()
         return left
 
-    def _left_inputs(self, graph: Graph, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return which inputs of a layer are left, likewise: neither of cut units, nor features that nothing reads."""
-        sparsity, left = self._sparsity, dict[str, Tensor]()
+    def _unread_features(self, graph: Graph) -> dict[str, Tensor]:
+        """Return which inputs of a layer, fed by no unit, it does not read, bool ``(input,)`` by weight name."""
+        sparsity, found = self._sparsity, dict[str, Tensor]()
         for name, layer in graph.items():
-            if name not in self._layers or name in self._refused:
+            is_known = name in self._layers and layer.unknown_source is None and layer.axes.groups == 1
+            if not is_known or name in self._refused or name not in sparsity.masks:
                 continue
+            live = layer.axes.view(sparsity.masks[name].live)  # (1, unit, input, *kernel)
+            unread = ~live.transpose(1, 2).flatten(2).any(2)[0].cpu() & (layer.sources.cpu() < 0)
+            unread[:1] &= not bool(unread.all())
+            if bool(unread.any()):
+                found[name] = unread
+        return found
+
+    def _left_inputs(self, graph: Graph, rows: dict[str, Tensor], unread: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return which inputs of a layer are left if units and unread features are cut, int64 ``(n,)`` by weight name."""
+        left = dict[str, Tensor]()
+        for name in graph:
             gone = self._fed_by_cut_units(graph, name, rows)
-            if name in sparsity.masks and layer.unknown_source is None and layer.axes.groups == 1:
-                live = layer.axes.view(sparsity.masks[name].live)  # (1, unit, input, *kernel)
-                unread = ~live.transpose(1, 2).flatten(2).any(2)[0].cpu() & (layer.sources.cpu() < 0)
-                gone |= unread
-                gone[:1] &= not bool(gone.all())
+            if name in unread:
+                gone |= unread[name]
             if bool(gone.any()):
                 left[name] = (~gone).nonzero().flatten()
         return left
@@ -139,19 +176,9 @@ class Shrinking:
                 gone[inputs[cut[units]]] = True
         return gone
 
-    def _begin(self, graph: Graph) -> None:
-        self._sparsity.full_graph = graph
-        for name, layer in self._layers.items():
-            local = {"weight": name} | ({"bias": _bias(name)} if layer.bias is not None else {})
-            files = _FullFiles(self._sparsity.kept, local)
-            self._handles += [
-                layer._register_state_dict_hook(files.save),  # type: ignore[no-untyped-call]
-                layer._register_load_state_dict_pre_hook(files.load),  # type: ignore[no-untyped-call]
-            ]
-        for optimizer in self._optimizers:
-            self._handles.append(optimizer.register_state_dict_post_hook(self._full_optimizer_state))
-
     def _cut(self, graph: Graph, rows: dict[str, Tensor], columns: dict[str, Tensor]) -> None:
+        if self._sparsity.full_graph is None:
+            self._sparsity.full_graph = graph
         for name in dict.fromkeys((*rows, *columns)):
             layer = self._layers[name]
             self._cut_parameter(name, rows.get(name), columns.get(name))
@@ -187,19 +214,20 @@ class Shrinking:
 
     def _select_inputs(self, name: str, arriving: Tensor, left: Tensor) -> None:
         """Let a layer take, of what arrives (bool, of its inputs until now), only the inputs that are left."""
-        old = self._selects.pop(name, None)
-        places = torch.arange(len(arriving)) if old is None else old.places  # where each input until now arrived
-        n_arrived = len(arriving) if old is None else old.n_arrive
-        still = torch.ones(n_arrived, dtype=torch.bool)
+        old = self._selects.get(name)
+        places = torch.arange(len(arriving)) if old is None else old.places.cpu()  # where each input until now arrived
+        still = torch.ones(len(arriving) if old is None else old.n_arrive, dtype=torch.bool)
         still[places[~arriving]] = False
         renumbered = still.cumsum(0) - 1
-        if old is not None:
-            old.handle.remove()
-        new = _Select(renumbered[places[left]], int(still.sum()), self._layers[name])
-        if len(new.places) < new.n_arrive:
-            self._selects[name] = new
-        else:
-            new.handle.remove()
+        self._set_select(name, _Select(renumbered[places[left]], int(still.sum()), self._layers[name]))
+
+    def _set_select(self, name: str, select: _Select | None) -> None:
+        if name in self._selects:
+            del self._selects[name]
+            self._select_handles.pop(name).remove()
+        if select is not None and len(select.places) < select.n_arrive:
+            self._selects[name] = select
+            self._select_handles[name] = change_input(self._layers[name], select)
 
     def _snapshot(self) -> Callable[[], None]:
         """Return what puts everything back as it is now."""
@@ -209,7 +237,7 @@ class Shrinking:
         states = [
             (optimizer, {p: dict(state) for p, state in optimizer.state.items()}) for optimizer in self._optimizers
         ]
-        selects = {name: (select.places, select.n_arrive) for name, select in self._selects.items()}
+        selects = dict(self._selects)
 
         def undo() -> None:
             for name, (data, gradient) in tensors.items():
@@ -221,9 +249,8 @@ class Shrinking:
             sparsity.kept.clear()
             sparsity.kept.update(kept)
             sparsity.masks.replace(masks)
-            for select in self._selects.values():
-                select.handle.remove()
-            self._selects = {name: _Select(*places, self._layers[name]) for name, places in selects.items()}
+            for name in {*selects, *self._selects}:
+                self._set_select(name, selects.get(name))
             self._reset_widths()
 
         return undo
@@ -244,9 +271,9 @@ class Shrinking:
         sparsity.kept.clear()
         if sparsity.full_graph is not None:
             sparsity.graph, sparsity.full_graph = sparsity.full_graph, None
-        for handle in (*self._handles, *(select.handle for select in self._selects.values())):
+        for handle in (*self._handles, *self._select_handles.values()):
             handle.remove()
-        self._handles, self._selects = [], {}
+        self._handles, self._selects, self._select_handles = [], {}, {}
         self._reset_widths()
 
     def _outputs(self) -> list[Tensor]:
@@ -254,16 +281,26 @@ class Shrinking:
             twin.eval()
             return [leaf for call in self._sparsity.calls for leaf in replay(twin, *call)]
 
-    def _full_optimizer_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def _full_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return self._changed(optimizer, state_dict, lambda kept, value: kept.expand(value), small=True)
+
+    def _small_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return self._changed(optimizer, state_dict, lambda kept, value: kept.select(value), small=False)
+
+    def _changed(
+        self, optimizer: Optimizer, state_dict: dict[str, Any], change: Callable[[Kept, Tensor], Tensor], small: bool
+    ) -> dict[str, Any]:
+        """Return an optimizer's state with the tensors of small (or full) parameters changed."""
         names = {id(parameter): name for name, parameter in self._sparsity.tensors.items()}
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         states = dict(state_dict["state"])
         for index, parameter in enumerate(parameters):
             kept = self._sparsity.kept.get(names.get(id(parameter), ""))
             if kept is not None and index in states:
+                shape = parameter.shape if small else kept.shape
                 states[index] = {
-                    key: kept.expand(value)
-                    if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim > 0
+                    key: change(kept, value)
+                    if isinstance(value, Tensor) and value.ndim > 0 and value.shape == shape
                     else value
                     for key, value in states[index].items()
                 }
@@ -271,23 +308,14 @@ class Shrinking:
 
 
 class _Select:
-    """Takes the inputs that a layer still reads out of those that arrive."""
+    """Lets a layer take, of the inputs that arrive, those that are left; it is copied and pickled with the layer."""
 
     def __init__(self, places: Tensor, n_arrive: int, layer: nn.Module) -> None:
-        self.places, self.n_arrive = places, n_arrive
-        self.axis = -1 - n_kernel_axes(layer)
-        self.handle = layer.register_forward_pre_hook(_Take(places, self.axis))
+        self.places, self.n_arrive, self.axis = places, n_arrive, -1 - n_kernel_axes(layer)
 
-
-class _Take:
-    """A forward pre-hook; it can be copied and pickled with the module."""
-
-    def __init__(self, places: Tensor, axis: int) -> None:
-        self.places, self.axis = places, axis
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        self.places = self.places.to(args[0].device)
-        return (args[0].index_select(self.axis, self.places), *args[1:])
+    def __call__(self, x: Tensor) -> Tensor:
+        self.places = self.places.to(x.device)
+        return x.index_select(self.axis, self.places)
 
 
 class _FullFiles:
@@ -311,6 +339,12 @@ class _FullFiles:
                 state_dict[prefix + local] = small
 
 
+def is_shrunk(module: nn.Module) -> bool:
+    """Tell whether a module is being made smaller while it trains."""
+    hooks = (hook for part in module.modules() for hook in part._state_dict_hooks.values())
+    return any(isinstance(getattr(hook, "__self__", None), _FullFiles) for hook in hooks)
+
+
 def _set(parameter: nn.Parameter, data: Tensor, gradient: Tensor | None) -> None:
     """Give a parameter a tensor of another shape."""
     other = torch.float32 if parameter.dtype != torch.float32 else torch.float64
@@ -323,10 +357,3 @@ def _set(parameter: nn.Parameter, data: Tensor, gradient: Tensor | None) -> None
 
 def _bias(name: str) -> str:
     return f"{name.removesuffix('weight')}bias"
-
-
-def _difference(old: Tensor, new: Tensor) -> float:
-    if old.shape != new.shape:
-        raise ValueError(f"its output would have shape {tuple(new.shape)} instead of {tuple(old.shape)}")
-    scale = old.abs().max().clamp(min=torch.finfo(old.dtype).tiny)
-    return float((new - old).abs().max() / scale)

@@ -144,6 +144,20 @@ class Sparsity:
         """Count what remains; in a stacked network, of the member with the most."""
         return max(self._counts(budget))
 
+    def n_live(self) -> int:
+        """Count what lives in all weights that were traced or have a mask."""
+        names = dict.fromkeys((*(self.graph or ()), *self.masks))
+        return sum(self.masks[name].n_live if name in self.masks else self.tensors[name].numel() for name in names)
+
+    def n_connections(self) -> int:
+        """Count all connections of these weights, live or not, in their full shapes."""
+        return sum(self.size(name) for name in dict.fromkeys((*(self.graph or ()), *self.masks)))
+
+    def n_units(self, name: str) -> int:
+        """Count the units of a parameter that are not removed."""
+        self.masks.add(name, self.targets[name].parameter)
+        return max(self._counts_of(name, "unit", None))
+
     def _counts(self, budget: Budget, without: tuple[str, Tensor] | None = None) -> list[int]:
         """Count what remains in each member, less some connections (bool) of one parameter."""
         counts = []
@@ -210,7 +224,8 @@ class Sparsity:
         Args:
             budget: Which layers; its granularity is "unit".
             n: How many stay, exactly (of each member).
-            scores: The score of each unit, ``(member, unit)``, by weight name (from a ``UnitScore``).
+            scores: The score of each unit, ``(member, unit)``, by weight name (from a ``UnitScore``). Where layers share the
+                budget, those of each layer are divided by their norm over the units that are left.
             means: The mean of each input of the layers that the units feed, ``(input,)``, by weight name (from
                 ``Watch.means``); what a removed unit fed them in the mean goes into their biases. None: it is lost.
             optimizers: Whose moments of the removed connections are set to zero.
@@ -228,9 +243,11 @@ class Sparsity:
             self.with_removable_units(name)
             gone = self.targets[name].axes.view(self.masks[name].removed).flatten(2).all(2)  # (member, unit)
             wide = scores[name].to(gone.device, torch.promote_types(scores[name].dtype, torch.float32))
-            candidates.append(
-                wide.expand(gone.shape).clamp(min=torch.finfo(wide.dtype).min).masked_fill(gone, -torch.inf)
-            )
+            wide = wide.expand(gone.shape).clamp(min=torch.finfo(wide.dtype).min)
+            if len(budget.names) > 1:  # so that layers can be compared (Evci 2018)
+                norm = wide.masked_fill(gone, 0.0).norm(dim=1, keepdim=True)
+                wide = wide / norm.clamp(min=torch.finfo(wide.dtype).tiny)
+            candidates.append(wide.masked_fill(gone, -torch.inf))
         return self._keep_best_(budget, n, candidates, optimizers, agree, means)
 
     def _keep_best_(
@@ -267,8 +284,8 @@ class Sparsity:
         self.masks.add(name, target.parameter)
         mask, is_listed = self.masks[name], self._is_listed(name, granularity)
         if is_listed and isinstance(score, Score):
-            return score(ScoreInputs(target, self.tensors, self.graph, generator, mask.live_cells))[None]
-        scores = score(ScoreInputs(target, self.tensors, self.graph, generator))
+            return score(ScoreInputs(target, self.tensors, self.graph, generator, cells=mask.live_cells))[None]
+        scores = score(ScoreInputs(target, self.tensors, self.graph, generator, kept=self.kept.get(name)))
         dead = target.axes.view(mask.dead)  # (member, unit, input, *kernel)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).expand(dead.shape)
         if not isinstance(score, Score):  # a function may answer -inf, which must not mean that a connection is dead
@@ -351,23 +368,26 @@ class Sparsity:
             means: The mean of each input of the layers that read them, ``(input,)``, by weight name.
 
         Raises:
-            ValueError: If one of those layers has no bias.
+            ValueError: If one of those layers has no bias, and something would have to be added to it.
         """
         graph = self.with_removable_units(name)
+        shifts = []
         for consumer in graph.fed_by(name):
-            if consumer.bias is None:
-                raise ValueError(
-                    f"compensate='mean': {consumer.weight!r}, which reads the units of {name!r}, has no bias to which "
-                    "their mean could be added; allowed is compensate=None, or bias=True in that layer"
-                )
             w = consumer.axes.view(self.tensors[consumer.weight])  # (member, unit, input, *kernel)
             read = graph.at_inputs(units, consumer.weight, name, default=False)  # (member, input)
             given = w.flatten(3).sum(3) if w.ndim > 3 else w  # (member, unit, input)
             shift = torch.einsum("mui,mi->mu", given, torch.where(read, means[consumer.weight].to(given), 0.0))
-            bias = self.tensors[consumer.bias]
-            consumer.axes.view_bias(bias).add_(shift)
-            if consumer.bias in self.masks:
-                self.masks[consumer.bias].apply_(bias)
+            if consumer.bias is not None:
+                shifts.append((consumer, consumer.bias, shift))
+            elif bool(shift.any()):
+                raise ValueError(
+                    f"{consumer.weight!r}, which reads the units of {name!r}, has no bias to which their mean could be "
+                    "added; allowed is compensate=None, or bias=True in that layer"
+                )
+        for consumer, bias, shift in shifts:
+            consumer.axes.view_bias(self.tensors[bias]).add_(shift)
+            if bias in self.masks:
+                self.masks[bias].apply_(self.tensors[bias])
 
     def _remove_outgoing_(self, name: str, units: Tensor, optimizers: Iterable[Optimizer]) -> None:
         """Remove the connections that some units (bool, ``(member, unit)``) feed."""

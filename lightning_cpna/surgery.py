@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_cpna.activations import layers_of
 from lightning_cpna.graph import Graph
@@ -62,13 +62,13 @@ class Groups:
 
     Args:
         module: The network.
-        example: A batch of inputs.
+        inputs: The arguments of its forward.
 
     Raises:
         ImportError: If torch-pruning is not installed.
     """
 
-    def __init__(self, module: nn.Module, example: Tensor) -> None:
+    def __init__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         try:
             import torch_pruning
         except ImportError as error:
@@ -82,7 +82,7 @@ class Groups:
         for parameter, _ in parameters:
             parameter.requires_grad_()  # it follows the gradients' graph
         with torch.enable_grad():
-            self._graph = torch_pruning.DependencyGraph().build_dependency(module, example)
+            self._graph = torch_pruning.DependencyGraph().build_dependency(module, inputs)
         for parameter, requires_grad in parameters:
             parameter.requires_grad_(requires_grad)
 
@@ -108,7 +108,8 @@ class Groups:
             ):
                 continue
             if getattr(reader, "groups", 1) == 1:
-                used = reader.weight.detach().transpose(0, 1).flatten(1).any(1).cpu()[item.idxs]
+                axis = 0 if isinstance(reader, _ConvTransposeNd) else 1
+                used = reader.weight.detach().movedim(axis, 0).flatten(1).any(1).cpu()[item.idxs]
                 reads.index_add_(0, roots, torch.ones_like(roots))
                 zero[roots[used]] = False
             elif reader.weight.shape[1] > 1:  # of a depthwise convolution the units go with their inputs
@@ -141,13 +142,13 @@ def set_shapes_(module: nn.Module, shapes: Mapping[str, Mapping[str, Any]]) -> N
     """Give a module's parts the widths that ``shapes_of`` described; tensors of another shape are replaced by empty ones.
 
     Raises:
-        ValueError: If a part or a tensor is not there.
+        ValueError: If a part or a tensor is not there, or is smaller than it should be.
     """
     parts = dict(module.named_modules())
     for path, described in shapes.items():
         for name, shape in described["shapes"].items():
             tensor = getattr(parts.get(path), name, None)
-            if not isinstance(tensor, Tensor) or tensor.ndim != len(shape):
+            if not isinstance(tensor, Tensor) or not _can_be(tensor, shape):
                 raise ValueError(
                     f"{path}.{name} of shape {shape} is not in the module: the file belongs to another network"
                 )
@@ -157,3 +158,7 @@ def set_shapes_(module: nn.Module, shapes: Mapping[str, Mapping[str, Any]]) -> N
                 setattr(parts[path], name, new)
         for name, width in described["widths"].items():
             setattr(parts[path], name, tuple(width) if isinstance(width, list) else width)
+
+
+def _can_be(tensor: Tensor, shape: list[int]) -> bool:
+    return tensor.ndim == len(shape) and all(n <= full for n, full in zip(shape, tensor.shape, strict=True))

@@ -43,6 +43,9 @@ def weight_saliencies(
         probes: For "hessian_diagonal": how many random vectors; the error falls as their root.
         generator: For "hessian_diagonal": draws them; None is seeded with 0.
 
+    Raises:
+        ValueError: If an argument is out of range, or a weight is frozen.
+
     Returns:
         The saliencies by canonical name, each of the weight's shape.
 
@@ -58,7 +61,18 @@ def weight_saliencies(
         >>> saliency["weight"]  # w * dL/dw = 2 w^2
         tensor([[2., 8.]])
     """
+    if kind not in (kinds := WeightSaliency.__args__):  # type: ignore[attr-defined]
+        raise ValueError(f"kind is {kind!r}; allowed is one of {', '.join(kinds)}")
+    if probes < 1:
+        raise ValueError(f"probes is {probes}; allowed is an int >= 1")
+    if not len(batches):
+        raise ValueError("batches is empty; allowed is at least one batch")
     targets = {target.name: target.parameter for group in resolve(module, names).values() for target in group}
+    for name, parameter in targets.items():
+        if not parameter.requires_grad:
+            raise ValueError(
+                f"names: {name!r} is frozen (requires_grad=False); allowed are parameters that are trained"
+            )
     weights = list(targets.values())
     generator = generator or torch.Generator().manual_seed(0)
     directions = {
@@ -67,8 +81,6 @@ def weight_saliencies(
         "hessian": [[-w.detach() for w in weights]],
         "hessian_diagonal": [[_signs(w, generator) for w in weights] for _ in range(probes)],
     }
-    if kind not in directions:
-        raise ValueError(f"kind is {kind!r}; allowed is one of {', '.join(directions)}")
     with evaluating(module), torch.enable_grad():
         gradients, products = _derivatives(module, weights, batches, loss, directions[kind])
     scores = []
@@ -94,13 +106,25 @@ def _derivatives(
     products = [[torch.zeros_like(w) for w in weights] for _ in directions]
     n_batches = len(batches)
     for batch in batches:
-        found = torch.autograd.grad(loss(module, batch), weights, create_graph=bool(directions))
+        found = torch.autograd.grad(
+            loss(module, batch), weights, create_graph=bool(directions), allow_unused=True, materialize_grads=True
+        )
         for total, gradient in zip(gradients, found, strict=True):
             total += gradient.detach() / n_batches
         for direction, sums in zip(directions, products, strict=True):
-            hessian = torch.autograd.grad(found, weights, direction, retain_graph=True)
+            curved = [(gradient, z) for gradient, z in zip(found, direction, strict=True) if gradient.requires_grad]
+            if not curved:  # the loss is linear in the weights
+                continue
+            hessian = torch.autograd.grad(
+                [gradient for gradient, _ in curved],
+                weights,
+                [z for _, z in curved],
+                retain_graph=True,
+                allow_unused=True,
+            )
             for total, product in zip(sums, hessian, strict=True):
-                total += product / n_batches
+                if product is not None:
+                    total += product / n_batches
     return gradients, products
 
 

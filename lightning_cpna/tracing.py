@@ -30,6 +30,7 @@ _POOLING = {f"{kind}_pool{d}d" for kind in ("max", "avg", "adaptive_max", "adapt
 _RESHAPING = {
     "flatten", "unflatten", "view", "reshape", "squeeze", "unsqueeze", "transpose", "permute", "movedim", "swapaxes",
     "t", "getitem", "chunk", "split", "cat", "concat", "concatenate", "stack", "expand",
+    "index_select",
 }  # fmt: skip
 _SCALING = {"mul", "div", "truediv", "rmul", "imul", "itruediv", "multiply", "divide"}
 # Element by element, so units stay apart, but scaling the input does not scale the output.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_cpna.activations import UnitActivity
 from lightning_cpna.graph import Graph
-from lightning_cpna.masks import Masks
+from lightning_cpna.masks import Kept, Masks
 from lightning_cpna.report import live_mask
 from lightning_cpna.targets import Target
 
@@ -87,7 +87,7 @@ class UnitScore:
 
     def _scores(self, inputs: UnitInputs) -> Tensor:
         if self.kind == "random":
-            return torch.rand(inputs.norm.shape, generator=inputs.generator)
+            return inputs.random()
         if self.kind == "norm":
             return inputs.norm
         if self.kind == "path":
@@ -117,6 +117,7 @@ class UnitInputs:
         masks: The module's masks.
         graph: The traced layers.
         generator: A seeded CPU generator for scores that draw.
+        kept: What is left of the weight, if it was made smaller.
         activity: What the units did, or None if nobody watched.
         penalize: Computes the exact mean replacement penalties, ``(unit,)``, or None.
     """
@@ -126,6 +127,7 @@ class UnitInputs:
     masks: Masks
     graph: Graph
     generator: torch.Generator
+    kept: Kept | None = None
     activity: UnitActivity | None = None
     penalize: Callable[[], Tensor] | None = None
 
@@ -142,6 +144,12 @@ class UnitInputs:
     def path(self) -> Tensor:
         """The norm of each unit's incoming weights times that of the weights that it feeds, ``(member, unit)``."""
         return self.norm * self.graph.outgoing_norm(self.target.name, self._tensors)
+
+    def random(self) -> Tensor:
+        """Draw uniform numbers, ``(member, unit)``, the same whether the weight was made smaller or not."""
+        if self.kept is None:
+            return torch.rand(self.norm.shape, generator=self.generator)
+        return torch.rand(1, self.kept.shape[0], generator=self.generator)[:, self.kept.rows]
 
     @property
     def in_degree(self) -> Tensor:

@@ -130,6 +130,7 @@ def test_activity_equals_the_moments_of_the_activations_by_hand(make: Callable[[
     a = activations(case)
     assert activity.examples == len(a)
     torch.testing.assert_close(activity.largest, a.abs().amax((0, 2)))
+    torch.testing.assert_close(activity.spread, a.amax((0, 2)) - a.amin((0, 2)))
     torch.testing.assert_close(activity.mean_magnitude, a.abs().mean((0, 2)))
     torch.testing.assert_close(activity.variance, a.var((0, 2), correction=0))
     for mean in activity.means.values():
@@ -257,7 +258,7 @@ def test_a_training_loop_sees_the_gradients_of_its_own_backward_and_the_state_go
     run(second, *batches[1])
     a, b = whole.activity(graph, "0.weight"), second.activity(graph, "0.weight")
     assert a.examples == b.examples == 10
-    for key in ("largest", "mean_magnitude", "variance", "removal_saliency", "mean_replacement_saliency"):
+    for key in ("largest", "spread", "mean_magnitude", "variance", "removal_saliency", "mean_replacement_saliency"):
         torch.testing.assert_close(getattr(a, key), getattr(b, key), rtol=0, atol=0)
     expected = observe(net, graph, ["0.weight"], batches, cross_entropy)["0.weight"].removal_saliency
     torch.testing.assert_close(a.removal_saliency, expected)  # each example's own gradient: the loss was a sum
@@ -281,5 +282,52 @@ def test_a_reader_without_a_bias_cannot_take_a_mean() -> None:
     before = sparsity.tensors["2.weight"].detach().clone()
     [budget] = sparsity.add_budgets(net, {"0.weight": 3}, "unit")
     with pytest.raises(ValueError, match=r"'2\.weight', which reads the units of '0\.weight', has no bias"):
-        sparsity.prune_units_(budget, 3, {"0.weight": torch.rand(1, 6)}, means={"2.weight": torch.zeros(6)})
+        sparsity.prune_units_(budget, 3, {"0.weight": torch.rand(1, 6)}, means={"2.weight": torch.ones(6)})
     assert torch.equal(sparsity.tensors["2.weight"], before)
+
+
+def test_calls_without_a_gradient_and_checkpointed_ones_are_no_obstacle() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    batch = rows(6, 4)
+    graph, plain, disturbed, again = trace(net, batch[0]), Watch(net), Watch(net), Watch(net)
+    with plain:
+        cross_entropy(net, batch).backward()
+    with disturbed:
+        with torch.no_grad():
+            net(batch[0])
+        cross_entropy(net, batch).backward()
+    with again:
+        out = torch.utils.checkpoint.checkpoint(net, batch[0], use_reentrant=False)
+        nn.functional.cross_entropy(out, batch[1]).backward()
+    found = []
+    for watch in (plain, disturbed, again):
+        watch.digest(graph, ["0.weight"])
+        found.append(watch.activity(graph, "0.weight"))
+    for activity in found[1:]:
+        torch.testing.assert_close(activity.mean_replacement_saliency, found[0].mean_replacement_saliency)
+    assert [activity.examples for activity in found[:2]] == [6, 12]
+
+
+def test_a_layer_that_is_called_by_keyword_is_watched() -> None:
+    net = Net(lambda m, x: m.b(input=m.a(input=x).relu()), a=nn.Linear(4, 6), b=nn.Linear(6, 3)).double()
+    batch = rows(6, 4)
+    graph = trace(net, batch[0])
+    activity = observe(net, graph, ["a.weight"], [batch], cross_entropy)["a.weight"]
+    penalties = mean_replacement_penalties(net, graph, "a.weight", [batch], cross_entropy, activity.means)
+    assert activity.mean_replacement_saliency is not None
+    assert len(penalties) == 6
+
+
+def test_bad_input_is_refused_by_name() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    batch = rows(6, 4)
+    graph = trace(net, batch[0])
+    with pytest.raises(ValueError, match=r"'9\.weight' is no layer whose units feed another; allowed here: 0\.weight"):
+        observe(net, graph, ["9.weight"], [batch], cross_entropy)
+    with pytest.raises(ValueError, match=r"'2\.weight' is no layer whose units feed another"):
+        mean_replacement_penalties(net, graph, "2.weight", [batch], cross_entropy, {})
+    with pytest.raises(ValueError, match=r"means has no entry for '2\.weight'"):
+        mean_replacement_penalties(net, graph, "0.weight", [batch], cross_entropy, {})
+    with pytest.raises(ValueError, match="batches is empty"):
+        mean_replacement_penalties(net, graph, "0.weight", [], cross_entropy, {"2.weight": torch.zeros(6)})
+    assert observe(net, graph, "0.weight", [batch], cross_entropy).keys() == {"0.weight"}

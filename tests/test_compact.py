@@ -123,13 +123,13 @@ def residual() -> tuple[nn.Module, Tensor, dict[str, int]]:
     net = Net(forward, stem=nn.Linear(4, 8), inner=nn.Linear(8, 8), head=nn.Linear(8, 2))
     unread(net, "inner.weight", [1, 2, 3])
     unread(net, "head.weight", [2, 3, 4])
-    return net, torch.randn(7, 4), {"inner.weight": 2}  # and with them those of the stem to which they are added
+    return net, torch.randn(7, 4), {"stem.weight": 2, "inner.weight": 2}
 
 
 def depthwise() -> tuple[nn.Module, Tensor, dict[str, int]]:
     net = nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU(), nn.Conv2d(6, 3, 1))
     unread(net, "4.weight", [0, 2])
-    return net, torch.randn(4, 2, 5, 5), {"2.weight": 2}  # and with them those of the layer before
+    return net, torch.randn(4, 2, 5, 5), {"0.weight": 2, "2.weight": 2}
 
 
 def sequence() -> tuple[nn.Module, Tensor, dict[str, int]]:
@@ -333,3 +333,54 @@ def test_files_of_another_network_are_refused_by_name(tmp_path: Path) -> None:
     compact(net, x, batch_sizes=()).save(tmp_path)
     with pytest.raises(ValueError, match=r"is not in the module: the file belongs to another network"):
         load_compact(nn.Sequential(nn.Linear(6, 3)), tmp_path)
+
+
+def test_a_transposed_convolution_is_counted_and_may_read() -> None:
+    net = nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU(), nn.ConvTranspose2d(6, 3, 4, stride=2))
+    net.get_parameter("2.weight").data[[1, 4]] = 0
+    x = torch.randn(2, 2, 5, 5)
+    compacted = compact(net, x, batch_sizes=())
+    assert compacted.removed == {"0.weight": 2}
+    torch.testing.assert_close(compacted.module(x), net(x))
+    assert compacted.before.macs == 25 * 2 * 6 + 25 * 6 * 3 * 16
+
+
+def test_several_inputs_are_a_tuple_and_features_are_those_of_the_first() -> None:
+    net = Net(lambda m, x, z: m.b(m.a(x).relu() * z), a=nn.Linear(5, 4), b=nn.Linear(4, 2))
+    unread(net, "a.weight", [1, 2])
+    x, z = torch.randn(7, 5), torch.randn(7, 1)
+    compacted = compact(net, (x, z), batch_sizes=(1,))
+    assert compacted.features is not None
+    assert compacted.features.tolist() == [0, 3, 4]
+    torch.testing.assert_close(compacted.module(compacted.inputs(x), z), net(x, z))
+
+
+def test_counting_and_timing_leave_running_statistics_alone() -> None:
+    net, x, _ = batch_norm()
+    net.train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    cost_of(net, x, (1, 2))
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert net.training
+
+
+def test_a_constant_unit_whose_reader_has_no_bias_is_named() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2, bias=False))
+    net.get_parameter("0.weight").data[[0, 1]] = 0
+    net.get_parameter("0.bias").data[:2] = torch.tensor([1.0, -1.0])
+    compacted = compact(net, torch.randn(5, 4), batch_sizes=())
+    assert "has no bias to which their mean could be added" in compacted.left["0.weight"]
+
+
+def test_a_network_in_which_nothing_is_dead_has_nothing_left() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    assert compact(layer, torch.randn(2, 3, 8), batch_sizes=()).left == {}
+
+
+def test_bad_examples_and_larger_files_are_refused_by_name(tmp_path: Path) -> None:
+    net, x, _ = mlp()
+    with pytest.raises(ValueError, match="example is a list; allowed is a tensor, or a tuple of tensors"):
+        compact(net, [x])  # type: ignore[arg-type]
+    compact(net, x, batch_sizes=()).save(tmp_path)
+    with pytest.raises(ValueError, match="the file belongs to another network"):
+        load_compact(nn.Sequential(nn.Linear(6, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 3)), tmp_path)

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from examples.readme import fill
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -27,7 +29,14 @@ def test_a_block_of_code_runs(position: int, tmp_path: Path, monkeypatch: pytest
 def test_the_table_is_made_from_the_committed_results() -> None:
     table = pytest.importorskip("examples.xor.table", reason="the extra 'examples' is not installed")
     files = sorted((ROOT / "examples" / "xor" / "results").glob("*.json"))
-    assert table.fill(README, table.load(files)) == README
+    assert fill(README, "examples.xor", table.markdown(table.load(files))) == README
+
+
+@pytest.mark.parametrize("name", ["removable", "smaller"])
+def test_the_tables_of_saliencies_are_made_from_the_committed_results(name: str) -> None:
+    figures = pytest.importorskip("examples.saliency.figures", reason="the extra 'examples' is not installed")
+    rows = figures.load(ROOT / "examples" / "saliency" / "results", name)
+    assert fill(README, f"examples.saliency {name}", figures.TABLES[name](rows)) == README
 
 
 def test_the_pictures_are_there() -> None:

@@ -79,3 +79,17 @@ def test_an_unknown_kind_is_refused_with_what_is_allowed() -> None:
     net, batches, *_ = case()
     with pytest.raises(ValueError, match="kind is 'third_order'; allowed is one of first_order, second_order"):
         found(net, batches, "third_order")
+
+
+def test_bad_input_is_refused_by_name_and_unused_or_linear_weights_score_zero() -> None:
+    net, batches, *_ = case()
+    with pytest.raises(ValueError, match="batches is empty"):
+        weight_saliencies(net, ["*.weight"], [], loss, "first_order")
+    with pytest.raises(ValueError, match="probes is 0; allowed is an int >= 1"):
+        weight_saliencies(net, ["*.weight"], batches, loss, "hessian_diagonal", probes=0)
+    linear = nn.Linear(3, 1).double()
+    scores = weight_saliencies(linear, ["weight"], [torch.ones(2, 3).double()], lambda m, x: m(x).sum(), "hessian")
+    assert not scores["weight"].any()
+    net.get_parameter("0.weight").requires_grad_(False)
+    with pytest.raises(ValueError, match=r"'0\.weight' is frozen"):
+        weight_saliencies(net, ["*.weight"], batches, loss, "first_order")

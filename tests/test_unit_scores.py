@@ -103,7 +103,7 @@ def test_frame_potentials_equal_what_the_double_sum_loses_with_the_unit(
 def test_scores_of_activity_are_its_fields_and_the_penalty_is_asked_for() -> None:
     inputs, incoming, *_ = case("linear", "0.weight")
     numbers = torch.rand(4, len(incoming))
-    activity = UnitActivity(3, numbers[0], numbers[1], numbers[0], {}, numbers[2], numbers[3])
+    activity = UnitActivity(3, numbers[0], numbers[0], numbers[1], numbers[0], {}, numbers[2], numbers[3])
     seen = UnitInputs(**{**vars(inputs), "activity": activity, "penalize": lambda: numbers[0]})
     kinds: list[tuple[UnitScoreKind, int]] = [
         ("activation", 1),
@@ -118,7 +118,7 @@ def test_scores_of_activity_are_its_fields_and_the_penalty_is_asked_for() -> Non
     with pytest.raises(ValueError, match=r"'penalty' of '0\.weight' needs a loss"):
         UnitScore("penalty")(inputs)
     without = UnitInputs(
-        **{**vars(inputs), "activity": UnitActivity(3, numbers[0], numbers[1], numbers[2], {}, None, None)}
+        **{**vars(inputs), "activity": UnitActivity(3, numbers[0], numbers[0], numbers[1], numbers[2], {}, None, None)}
     )
     with pytest.raises(ValueError, match="'gradient' needs the gradients"):
         UnitScore("gradient")(without)

@@ -119,3 +119,20 @@ def test_the_callback_works_beside_shrinking_and_leaves_no_hooks_after_an_error(
 def test_an_empty_name_is_refused() -> None:
     with pytest.raises(ValueError, match="name is ''"):
         DeadUnitLogger(name="")
+
+
+def test_a_network_that_cannot_be_traced_is_warned_about_once_and_trained() -> None:
+    from tests.helpers import SinglePrecision
+
+    model = Validated(SinglePrecision())
+    with pytest.warns(UserWarning, match="could not be traced, so nothing is logged: TypeError: single precision only"):
+        trainer(DeadUnitLogger(), epochs=2).fit(model, data(), data())
+
+
+def test_the_loss_of_a_report_is_the_mean_over_examples_and_a_module_without_hidden_layers_is_refused() -> None:
+    net, x = network(), torch.randn(9, 3)
+    report = unit_report(net, trace(net, x), [x[:8], x[8:]], loss)
+    assert report.loss == pytest.approx(float(loss(net, x)))
+    single = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="no hidden Linear or Conv layer"):
+        unit_report(single, trace(single, x), [x], loss)

@@ -36,6 +36,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def rounded(row: Row) -> Row:
+    """Round what a figure does not show."""
+    return {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run experiments over seeds, and write their results and figures."""
     args = parse(arguments)
@@ -46,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
         runs = joblib.Parallel(n_jobs=args.jobs, return_as="generator")(calls)
         rows: list[Row] = [row for run in track(runs, name, total=len(calls), console=console) for row in run]
         file = args.out / f"{name}.json"
-        file.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+        file.write_text("[\n" + ",\n".join(json.dumps(rounded(row)) for row in rows) + "\n]\n")
         console.print(f"results:  {file}")
         for figure in FIGURES[name](rows, args.out):
             console.print(f"figure:   {figure}")

@@ -131,7 +131,7 @@ class UnitRemover:
         )
 
     def keep(self, n: int, replace: str) -> None:
-        """Remove all but the ``n`` best units; each is replaced by "zero" or by its "mean" in the network as it is by then."""
+        """Remove all but the ``n`` best units; each is replaced by "zero", or by its "mean" as it is by then."""
         graph = self._sparsity.graph
         if graph is None or n >= self._sparsity.n_remaining(self._budget):
             return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -14,8 +16,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from rich.console import Console
-from rich.table import Table
+
+from examples.readme import fill
 
 Row = dict[str, Any]
 COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")
@@ -68,21 +70,19 @@ def draw_curves(rows: list[Row], out: Path) -> list[Path]:
     return _save(figure, out / "curves.png")
 
 
-def draw_removable(rows: list[Row], out: Path) -> list[Path]:
-    """Print how many units can go, and write it as a Markdown table."""
+def removable_table(rows: list[Row]) -> str:
+    """Return how many units can go, in Markdown."""
     found = mean_and_spread(rows, ("score", "replace"), "removable")
-    table = Table(title="Units of 128 that can go before the test accuracy falls by more than half a point (digits)")
-    lines = ["| score | set to zero | replaced by the mean |", "| --- | ---: | ---: |"]
-    for column in ("score", "set to zero", "replaced by the mean"):
-        table.add_column(column, justify="left" if column == "score" else "right")
+    lines = ["| score | set to zero | replaced by their mean |", "| --- | ---: | ---: |"]
     for kind in dict.fromkeys(row["score"] for row in rows):
         cells = [f"{mean:.1f} ± {spread:.1f}" for mean, spread in (found[kind, "zero"], found[kind, "mean"])]
-        table.add_row(LABELS[kind], *cells)
         lines.append(f"| {LABELS[kind]} | {' | '.join(cells)} |")
-    Console().print(table)
-    file = out / "removable.md"
-    file.write_text("\n".join(lines) + "\n")
-    return [file]
+    return "\n".join(lines)
+
+
+def draw_removable(rows: list[Row], out: Path) -> list[Path]:
+    """Write the table."""
+    return _write(removable_table(rows), out / "removable.md")
 
 
 def stops(rows: list[Row], tolerance: float = 0.3) -> list[Row]:
@@ -118,12 +118,20 @@ def draw_smaller(rows: list[Row], out: Path) -> list[Path]:
         ends = [row for row in chosen if row["score"] == kind]
         axes.plot([e["times_smaller"] for e in ends], [e["test_accuracy"] for e in ends], "o", color=f"C{i}")
     axes.set(xscale="log", xlabel="times fewer parameters", ylabel="test accuracy %", ylim=(94, 99))
-    axes.set_title("LeNet-300-100 on MNIST, units removed while it trains on; dots: the stop chosen on validation")
+    axes.set_title("Units removed while LeNet-300-100 trains on; dots: the stop")
     axes.grid(alpha=0.3)
     axes.legend()
-    lines = ["| score | times fewer parameters | test points lost | units |", "| --- | ---: | ---: | --- |"]
+    return [*_save(figure, out / "smaller.png"), *_write(smaller_table(rows), out / "smaller.md")]
+
+
+def smaller_table(rows: list[Row]) -> str:
+    """Return how small the networks get, in Markdown."""
+    lines = [
+        "| score | times fewer parameters | test points lost | units left, by seed |",
+        "| --- | ---: | ---: | --- |",
+    ]
     for kind in dict.fromkeys(row["score"] for row in rows):
-        ends = [row for row in chosen if row["score"] == kind]
+        ends = [row for row in stops(rows) if row["score"] == kind]
         cells = []
         for key in ("times_smaller", "lost"):
             values = [row[key] for row in ends]
@@ -131,10 +139,7 @@ def draw_smaller(rows: list[Row], out: Path) -> list[Path]:
             cells.append(f"{statistics.mean(values):.2f} ± {spread:.2f}")
         units = ", ".join("-".join(map(str, row["units"])) for row in ends)
         lines.append(f"| {LABELS[kind]} | {' | '.join(cells)} | {units} |")
-    file = out / "smaller.md"
-    file.write_text("\n".join(lines) + "\n")
-    Console().print("\n".join(lines))
-    return [*_save(figure, out / "smaller.png"), file]
+    return "\n".join(lines)
 
 
 def draw_concentration(rows: list[Row], out: Path) -> list[Path]:
@@ -157,7 +162,7 @@ def draw_concentration(rows: list[Row], out: Path) -> list[Path]:
         panels[i][2].set(
             xscale="log", xlabel="width", ylim=(0, 1), title=f"{labels} labels: does importance concentrate?"
         )
-        panels[i][2].set_ylabel("share of the top tenth of the units in the summed penalty")
+        panels[i][2].set_ylabel("share of the top tenth in the summed penalty")
         panels[i][2].grid(alpha=0.3)
     return _save(figure, out / "concentration.png")
 
@@ -168,9 +173,40 @@ def _save(figure: Any, file: Path) -> list[Path]:
     return [file]
 
 
+def _write(table: str, file: Path) -> list[Path]:
+    file.write_text(table + "\n")
+    print(table)
+    return [file]
+
+
 FIGURES: dict[str, Callable[[list[Row], Path], list[Path]]] = {
     "curves": draw_curves,
     "removable": draw_removable,
     "smaller": draw_smaller,
     "concentration": draw_concentration,
 }
+TABLES: dict[str, Callable[[list[Row]], str]] = {"removable": removable_table, "smaller": smaller_table}
+
+
+def load(folder: Path, name: str) -> list[Row]:
+    """Read the rows of an experiment."""
+    rows: list[Row] = json.loads((folder / f"{name}.json").read_text())
+    return rows
+
+
+def main() -> None:
+    """Draw the figures of results; with ``--readme`` put the tables into that file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where examples.saliency wrote its results")
+    parser.add_argument("--readme", type=Path, help="a file with the marks of the tables")
+    args = parser.parse_args()
+    for name, draw in FIGURES.items():
+        if (args.folder / f"{name}.json").is_file():
+            draw(load(args.folder, name), args.folder)
+            if args.readme and name in TABLES:
+                table = TABLES[name](load(args.folder, name))
+                args.readme.write_text(fill(args.readme.read_text(), f"examples.saliency {name}", table))
+
+
+if __name__ == "__main__":
+    main()

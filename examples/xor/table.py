@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from examples.readme import fill
 from examples.xor.figures import TITLES
 from examples.xor.recipes import METHODS
 
@@ -24,7 +25,6 @@ PAPER = {
 }
 PAPER_SIZES = {3: 60, 4: 40, 5: 20}
 HEADER = ["problem", "method", "test AUC %", "best", "> 95", "paper", "connections", "tries", "s/run"]
-START, END = "<!-- results of examples.xor -->", "<!-- end of results -->"
 
 
 def rows(results: list[dict[str, Any]]) -> list[list[str]]:
@@ -89,13 +89,6 @@ def load(files: list[Path]) -> list[dict[str, Any]]:
     return [run for file in files for run in json.loads(file.read_text())]
 
 
-def fill(text: str, results: list[dict[str, Any]]) -> str:
-    """Put the table between the two marks of a README."""
-    before, rest = text.split(START)
-    _, after = rest.split(END)
-    return f"{before}{START}\n{markdown(results)}\n{END}{after}"
-
-
 def main() -> None:
     """Print the table; with ``--readme`` put it into that file."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -105,7 +98,7 @@ def main() -> None:
     results = load(args.files)
     Console().print(*rich_tables(results))
     if args.readme:
-        args.readme.write_text(fill(args.readme.read_text(), results))
+        args.readme.write_text(fill(args.readme.read_text(), "examples.xor", markdown(results)))
 
 
 if __name__ == "__main__":

@@ -13,18 +13,17 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_cpna._lightning import Callback, LightningModule, Trainer
 from lightning_cpna.activations import Watch
-from lightning_cpna.callbacks.capture import Capture, few_rows, is_compiled
+from lightning_cpna.callbacks.capture import Capture, is_compiled, trace_few
 from lightning_cpna.cells import cells_of, pack, unpack
 from lightning_cpna.moments import is_elementwise, optimizer_of, zero_moments_
 from lightning_cpna.report import SparsityReport
 from lightning_cpna.shrink import Shrinking
 from lightning_cpna.sparsity import Budget, Sparsity, sparsity_of
 from lightning_cpna.targets import all_targets
-from lightning_cpna.tracing import trace_calls
 
 CHECKPOINT_KEY = "lightning_cpna"
 STATE_VERSION = 1
-SHRINK_FRACTION = 0.1  # chosen: a cut costs about as much as a few steps of the larger network
+SHRINK_FRACTION, SHRINK_PAUSE = 0.1, 10  # chosen: a cut costs about as much as a few steps of the larger network
 _UNSERVED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
 
 
@@ -48,7 +47,9 @@ class Fit:
         watching: Open while a batch is watched.
         batch: The batch that is watched, and its index.
         shrinking: Cuts what is dead out of the tensors, if a callback asked for it.
-        live: How many connections lived after the last batch, and when something was cut last.
+        live_at_cut: How many connections lived when something was cut last, 0 before.
+        last_live: How many lived after the last batch.
+        changed_at: The step after which that was new.
     """
 
     trainer: Trainer
@@ -66,7 +67,9 @@ class Fit:
     watching: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     batch: tuple[Any, int] | None = None
     shrinking: Shrinking | None = None
-    live: tuple[int, int] | None = None
+    live_at_cut: int = 0
+    last_live: int = 0
+    changed_at: int = 0
 
     @property
     def names(self) -> list[str]:
@@ -277,13 +280,14 @@ class SparsityCallback(Callback):
 
     def _shrink(self, fit: Fit, shrinking: Shrinking) -> None:
         """Cut what is dead, whenever a tenth of the connections has died since the last time, or dying has paused."""
-        now = sum(mask.n_live for mask in fit.sparsity.masks.values())
-        whole = sum(fit.sparsity.size(name) for name in fit.sparsity.masks)
-        before, at_cut = fit.live or (whole, whole)
-        if now < (1 - SHRINK_FRACTION) * at_cut or (now == before and now != at_cut):
+        live = fit.sparsity.n_live()
+        if live != fit.last_live:
+            fit.last_live, fit.changed_at = live, self._step
+        at_cut = fit.live_at_cut or fit.sparsity.n_connections()
+        paused = self._step - fit.changed_at >= SHRINK_PAUSE and live != at_cut
+        if live < (1 - SHRINK_FRACTION) * at_cut or paused:
             shrinking.shrink_()
-            now = at_cut = sum(mask.n_live for mask in fit.sparsity.masks.values())
-        fit.live = (now, max(now, at_cut))
+            fit.live_at_cut = fit.last_live = fit.sparsity.n_live()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Mask the gradients, so that neither clipping nor moments see a connection that does not live."""
@@ -317,16 +321,21 @@ class SparsityCallback(Callback):
         """Look at what ran in this batch, and plan once the targets did."""
         leader = _ours(fit.trainer)[0]
         leader._trace(leader._running())
-        if not fit.planned and (self._step > self._handled_step or set(fit.names) <= set(fit.sparsity.graph or ())):
+        if not fit.planned and self._can_plan(fit):
             self._plan(fit)
             fit.planned = True
+
+    def _can_plan(self, fit: Fit) -> bool:
+        """Is enough known for a plan? After a step there must be one; before, it can wait until all targets ran."""
+        return self._step > self._handled_step or set(fit.names) <= set(fit.sparsity.graph or ())
 
     def _catch_up(self, fit: Fit) -> None:
         """Do what is done after an optimizer step, if that is still to be done."""
         if self._step > self._handled_step:
             if not fit.planned:
                 self._see(fit)
-            self._after_step(fit)
+            if fit.planned:
+                self._after_step(fit)
             self._handled_step = self._step
             self._mask_averages(fit)
 
@@ -350,19 +359,15 @@ class SparsityCallback(Callback):
         for callback in _ours(fit.trainer):  # the copy that is traced must not have the hooks
             callback._running().watching.close()
         sparsity, new = fit.sparsity, capture.finish()
-        for calls in ([*sparsity.calls, *few_rows(new)], [*sparsity.calls, *new]):  # some cannot do with fewer rows
-            try:
-                graph = trace_calls(fit.module, calls)
-            except Exception as error:  # the network is the user's; whoever needs the graph says this again
-                sparsity.untraced = f"{type(error).__name__}: {error}"
-                continue
-            # A graph without calls is from a checkpoint.
-            if sparsity.graph is None or not sparsity.calls or len(graph) > len(sparsity.graph):
-                sparsity.graph, sparsity.calls = graph, calls
-                for callback in _ours(fit.trainer):
-                    if (other := callback._running()).planned:
-                        callback._plan(other)
-            return
+        graph, calls, why = trace_few(fit.module, sparsity.calls, new)
+        if graph is None:
+            sparsity.untraced = why
+        # A graph without calls is from a checkpoint.
+        elif sparsity.graph is None or not sparsity.calls or len(graph) > len(sparsity.graph):
+            sparsity.graph, sparsity.calls = graph, calls
+            for callback in _ours(fit.trainer):
+                if (other := callback._running()).planned:
+                    callback._plan(other)
 
     def _count_step(self, optimizer: Optimizer, *_: Any) -> None:
         found_inf = getattr(

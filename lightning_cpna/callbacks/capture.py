@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_cpna.graph import Graph
 from lightning_cpna.replay import Call, Calls
+from lightning_cpna.tracing import trace_calls
 
 MAX_ROWS = 4  # chosen: enough to show a network's structure; a float64 pass over more costs as much as a training step
 MAX_CALLS = 4  # chosen: of each module in one batch; a discriminator is called three times
@@ -105,3 +107,18 @@ def _cut(call: Call) -> Call:
         lambda x: x[:rows].detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) and x.ndim else x, call
     )
     return few
+
+
+def trace_few(module: nn.Module, known: Calls, new: Calls) -> tuple[Graph | None, Calls, str]:
+    """Trace calls, with few rows where that works: some networks cannot do with fewer than they were given.
+
+    Returns:
+        The graph, the calls that it is of, and why there is none.
+    """
+    why = ""
+    for calls in ([*known, *few_rows(new)], [*known, *new]):
+        try:
+            return trace_calls(module, calls), calls, ""
+        except Exception as error:  # the network is the user's; whoever needs the graph says this again
+            why = f"{type(error).__name__}: {error}"
+    return None, [], why

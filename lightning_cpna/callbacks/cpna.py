@@ -9,14 +9,23 @@ from typing import Literal
 
 import torch
 
-from lightning_cpna._lightning import LightningModule, Trainer
+from lightning_cpna._lightning import LightningModule
 from lightning_cpna.callbacks.base import Fit, agree
 from lightning_cpna.callbacks.scheduled import ScheduledPruning, check_choice, check_function, check_targets
 from lightning_cpna.graph import Graph
 from lightning_cpna.rescale import Moments, rescalable, rescale_, verify_rescaling
-from lightning_cpna.schedules import Annealing, Geometric, Schedule, ScheduleFunction, resolved_schedule
+from lightning_cpna.schedules import (
+    Annealing,
+    EpochFraction,
+    Geometric,
+    Schedule,
+    ScheduleFunction,
+    in_window,
+    resolved_schedule,
+)
 from lightning_cpna.scores import Granularity, Score, ScoreFunction, ScoreInputs, ScoreKind
 from lightning_cpna.sparsity import Budget, Scope, Sparsity
+from lightning_cpna.unit_scores import UnitScore
 
 # When nothing is said: the fractions of the run before the first window and after the last one.
 PRETRAINING, FINE_TUNING = 0.25, 0.15
@@ -42,11 +51,7 @@ class Stage:
 
     def normalizes(self, step: int) -> bool:
         """Tell whether this step normalises."""
-        if not isinstance(self.schedule, Schedule):
-            return bool(self.producers)
-        start, every = self.schedule.start, self.schedule.every
-        inside = start <= step <= self.schedule.window_end()
-        return bool(self.producers) and inside and (step - start) % every == 0
+        return bool(self.producers) and in_window(self.schedule, step)
 
 
 class CPNAPruning(ScheduledPruning):
@@ -111,6 +116,10 @@ class CPNAPruning(ScheduledPruning):
         check_targets(targets)
         if not isinstance(score, str):
             check_function("score", score, 1)
+        if isinstance(score, UnitScore):
+            raise ValueError(f"score is {score}; allowed is the name of a connection's score, a Score or a function")
+        if isinstance(schedule, EpochFraction):
+            raise ValueError(f"schedule is {schedule}, which counts epochs; allowed is a schedule that counts steps")
         self.targets = targets
         self.granularity: Granularity = granularity
         self.score = score
@@ -122,13 +131,6 @@ class CPNAPruning(ScheduledPruning):
 
     def _find_budgets(self, sparsity: Sparsity, pl_module: LightningModule) -> list[Budget]:
         return sparsity.add_budgets(pl_module, self.targets, self.granularity, self.scope)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the schedule's fractions can be turned into steps, and that the run is long enough."""
-        super().on_train_start(trainer, pl_module)
-        schedule = self.schedule or Annealing(PRETRAINING, 1.0)
-        if isinstance(schedule, Schedule):
-            self._warn_if_too_short(trainer, pl_module, schedule)
 
     def _plan(self, fit: Fit) -> None:
         graph = fit.sparsity.graph

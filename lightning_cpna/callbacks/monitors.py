@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 from lightning_cpna._lightning import Callback, LightningModule, Trainer
 from lightning_cpna.activations import Watch, layers_of
-from lightning_cpna.callbacks.capture import Capture, few_rows, running_eagerly
+from lightning_cpna.callbacks.capture import Capture, running_eagerly, trace_few
 from lightning_cpna.graph import Graph
 from lightning_cpna.landscape.units import CONSTANT
-from lightning_cpna.tracing import trace_calls
 
 
 class DeadUnitLogger(Callback):
-    """Logs, after every validation, how many units of each hidden layer are dead over the validation set.
+    """Logs, after every validation, how many units of each hidden layer are dead over the (first) validation set.
 
     A unit that is never active is zero for every example; a constant one is the same for every example. Each process
     looks at its own part of the data, and the first one logs.
@@ -34,6 +34,7 @@ class DeadUnitLogger(Callback):
         if not name:
             raise ValueError("name is ''; allowed is any text")
         self.name = name
+        self._has_warned = False
         self._graph: Graph | None = None
         self._watch: Watch | None = None
         self._capture: Capture | None = None
@@ -74,27 +75,21 @@ class DeadUnitLogger(Callback):
         if self._watch is None or dataloader_idx > 0:
             return
         if self._capture is not None:
-            self._graph = trace_calls(pl_module, few_rows(self._capture.finish()))
+            self._graph, _, why = trace_few(pl_module, [], self._capture.finish())
             self._capture = None
+            if self._graph is None and not self._has_warned:
+                self._has_warned = True
+                warnings.warn(f"{self.name}: the module could not be traced, so nothing is logged: {why}", stacklevel=2)
         if self._graph is not None:
-            self._watch.digest(self._graph, self._hidden(pl_module, self._graph))
-
-    @staticmethod
-    def _hidden(pl_module: LightningModule, graph: Graph) -> list[str]:
-        layers = set(layers_of(pl_module))
-        return [
-            name
-            for name, layer in graph.items()
-            if layer.lost is None and (readers := {r.weight for r in graph.fed_by(name)}) and {name, *readers} <= layers
-        ]
+            self._watch.digest(self._graph, self._graph.hidden(layers_of(pl_module)))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log."""
         if self._graph is None or self._watch is None:
             return
-        for name in self._hidden(pl_module, self._graph):
+        for name in self._graph.hidden(layers_of(pl_module)):
             activity = self._watch.activity(self._graph, name)
-            constant = activity.variance <= CONSTANT * activity.largest.square()
+            constant = activity.spread <= CONSTANT * activity.largest
             counts = {
                 "never_active": int((activity.largest == 0).sum()),
                 "constant": int(constant.sum()),

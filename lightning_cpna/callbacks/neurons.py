@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
@@ -11,13 +12,22 @@ import torch
 from torch import Tensor
 
 from lightning_cpna._lightning import LightningModule, Trainer
-from lightning_cpna.activations import Watch, mean_replacement_penalties
+from lightning_cpna.activations import Watch, layers_of, mean_replacement_penalties
 from lightning_cpna.callbacks.base import Fit, agree
 from lightning_cpna.callbacks.capture import running_eagerly
 from lightning_cpna.callbacks.scheduled import ScheduledPruning, check_choice, check_function, check_targets
 from lightning_cpna.graph import Graph
 from lightning_cpna.rescale import rescale_, verify_rescaling
-from lightning_cpna.schedules import Cubic, EpochFraction, Schedule, ScheduleFunction, n_remaining, resolved_schedule
+from lightning_cpna.schedules import (
+    Cubic,
+    EpochFraction,
+    Schedule,
+    ScheduleFunction,
+    in_window,
+    n_remaining,
+    resolved_schedule,
+)
+from lightning_cpna.scores import Score
 from lightning_cpna.sparsity import Budget, Scope, Sparsity
 from lightning_cpna.targets import resolve
 from lightning_cpna.unit_scores import UnitInputs, UnitScore, UnitScoreFunction, UnitScoreKind
@@ -34,10 +44,11 @@ class NeuronPruning(ScheduledPruning):
             remain: an int is a count, a float in (0, 1) a fraction. With an ``EpochFraction``, which says how many go,
             a list of names.
         schedule: When, and how many stay: a ``Schedule`` or function ``(step, n_start, n_end) -> int`` of optimizer steps,
-            or an ``EpochFraction`` (NPSET), which acts when the next epoch starts.
+            or an ``EpochFraction`` (NPSET), which acts when the next epoch starts. None: ``Cubic(0.25, 0.75)``.
         score: Which stay: the name of a score, a ``UnitScore``, or a function of ``UnitInputs``. Scores of activations use
-            the batches that end with the step (or the epoch) after which units go, as they are in training. The default
-            removed most units at the same accuracy where ten scores were compared (``examples/units``).
+            the batch that ends with the step (or the batches of the epoch) after which units go, as they are in training:
+            with dropout on, and with gradients from before the step. If a layer did not run in that batch, its units go
+            after one in which it does.
         compensate: "mean": what a removed unit fed the next layers in the mean goes into their biases. None: it is lost.
         normalize: Whether the units are scaled to norm 1, and what they feed by the old norm, at every step of the
             schedule's window (Guo et al., Eq. 3); with ``score="path"`` that is node-wise CPNA.
@@ -67,7 +78,7 @@ class NeuronPruning(ScheduledPruning):
         self,
         targets: dict[str, int | float] | list[str],
         *,
-        schedule: Schedule | ScheduleFunction = Cubic(0.25, 0.75),  # noqa: B008  (it is frozen)
+        schedule: Schedule | EpochFraction | ScheduleFunction | None = None,
         score: UnitScoreKind | UnitScore | UnitScoreFunction = "mean_replacement",
         compensate: Literal["mean"] | None = "mean",
         normalize: bool = False,
@@ -75,6 +86,7 @@ class NeuronPruning(ScheduledPruning):
         shrink: bool = False,
         name: str = "neurons",
     ) -> None:
+        schedule = Cubic(0.25, 0.75) if schedule is None else schedule
         check_choice("compensate", compensate, ("mean", None))
         check_choice("normalize", normalize, (True, False))
         check_choice("scope", scope, ("layer", "shared"))
@@ -86,8 +98,12 @@ class NeuronPruning(ScheduledPruning):
                 )
         else:
             check_targets(targets)
+        if isinstance(schedule, EpochFraction) and normalize:
+            raise ValueError("normalize is True; allowed with an EpochFraction, which acts between epochs, is False")
         if not isinstance(score, str):
             check_function("score", score, 1)
+        if isinstance(score, Score):
+            raise ValueError(f"score is {score}; allowed is the name of a unit's score, a UnitScore or a function")
         self.targets = targets
         self.score = score
         self.compensate = compensate
@@ -107,12 +123,21 @@ class NeuronPruning(ScheduledPruning):
     def state_dict(self) -> dict[str, Any]:
         """Return the state; where units go when an epoch starts, with what was seen in the epoch before and the graph."""
         state = super().state_dict()
-        fit = self._fit
-        if isinstance(self.schedule, EpochFraction) and fit is not None:
-            self._seen = None if fit.watch is None else fit.watch.state_dict()
-            graph = fit.sparsity.full_graph or fit.sparsity.graph
-            self._graph = None if graph is None else graph.state_dict()
+        if self._fit is not None:
+            self._remember(self._fit)
         return {**state, "seen": self._seen, "graph": self._graph}
+
+    def _remember(self, fit: Fit) -> None:
+        """Note what is needed when the next epoch starts, before any batch was traced."""
+        if isinstance(self.schedule, EpochFraction):
+            graph = fit.sparsity.full_graph or fit.sparsity.graph
+            self._seen = None if fit.watch is None else fit.watch.state_dict()
+            self._graph = None if graph is None else graph.state_dict()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the connectivity and let go of the optimizers."""
+        self._remember(self._running())
+        super().on_train_end(trainer, pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state from a checkpoint."""
@@ -134,17 +159,15 @@ class NeuronPruning(ScheduledPruning):
         targets = self.targets
         if isinstance(targets, list):
             assert isinstance(self.schedule, EpochFraction)
-            found = [target for group in resolve(pl_module, targets).values() for target in group]
-            n_units = {target.name: target.axes.view(target.parameter).shape[1] for target in found}
-            targets = {name: self.schedule.n_remaining(self.schedule.last, n) for name, n in n_units.items()}
+            names = [target.name for group in resolve(pl_module, targets).values() for target in group]
+            counts = {name: self._n_start.get(name) or sparsity.n_units(name) for name in names}
+            targets = {name: self.schedule.n_remaining(self.schedule.last, n) for name, n in counts.items()}
         return sparsity.add_budgets(pl_module, targets, "unit", self.scope)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the schedule's fractions can be turned into steps, and that the run is long enough."""
+        """Go on from what a checkpoint knows; refuse what the score cannot do."""
         super().on_train_start(trainer, pl_module)
         fit = self._running()
-        if isinstance(self.schedule, Schedule):
-            self._warn_if_too_short(trainer, pl_module, self.schedule)
         if self._is_penalty and not pl_module.automatic_optimization:
             raise ValueError(
                 f"{self.name}: score is 'penalty', which repeats training_step to know the loss; allowed with manual "
@@ -159,6 +182,11 @@ class NeuronPruning(ScheduledPruning):
     @property
     def _is_penalty(self) -> bool:
         return isinstance(self._score, UnitScore) and self._score.kind == "penalty"
+
+    def _can_plan(self, fit: Fit) -> bool:
+        """See the base; layers that did not run yet can wait, what is no layer cannot."""
+        waiting = set(fit.names) - set(fit.sparsity.graph or ())
+        return not waiting or fit.sparsity.graph is None or not waiting <= set(layers_of(fit.module))
 
     def _plan(self, fit: Fit) -> None:
         for name in fit.names:
@@ -226,7 +254,7 @@ class NeuronPruning(ScheduledPruning):
         if fit.watch is not None:
             fit.watch.clear()
         schedule, graph = self._resolved, fit.sparsity.graph
-        if self.normalize and graph is not None and _is_in_window(schedule, self._step):
+        if self.normalize and graph is not None and in_window(schedule, self._step):
             rescale_(fit.sparsity.tensors, graph, fit.names)  # last, as what was watched is in the scale of before
 
     @torch.no_grad()
@@ -240,14 +268,20 @@ class NeuronPruning(ScheduledPruning):
 
     def _prune_all(self, fit: Fit, time: int) -> None:
         for budget in fit.budgets:
-            self._reach(fit, budget, self._resolved, time, partial(self._prune, fit, budget))
+            if self._has_seen(fit, budget):
+                self._reach(fit, budget, self._resolved, time, partial(self._prune, fit, budget))
+
+    def _has_seen(self, fit: Fit, budget: Budget) -> bool:
+        """Tell whether all that scores and means need was watched."""
+        watch, graph = fit.watch, fit.sparsity.graph
+        if not self._needs_watch:
+            return True
+        return watch is not None and graph is not None and all(watch.has_seen(graph, name) for name in budget.names)
 
     def _prune(self, fit: Fit, budget: Budget, n: int) -> float:
         sparsity = fit.sparsity
         means = fit.trainer.strategy.broadcast(fit.watch.means()) if fit.watch is not None else {}
         scores = {name: self._score(self._inputs(fit, name, means)) for name in budget.names}
-        if len(scores) > 1:
-            scores = {name: score / score.norm(dim=1, keepdim=True).clamp(min=1e-30) for name, score in scores.items()}
         return sparsity.prune_units_(
             budget,
             n,
@@ -266,6 +300,7 @@ class NeuronPruning(ScheduledPruning):
             masks=sparsity.masks,
             graph=graph,
             generator=self._generator,
+            kept=sparsity.kept.get(name),
             activity=None if fit.watch is None else fit.watch.activity(graph, name),
             penalize=None
             if fit.batch is None
@@ -273,16 +308,13 @@ class NeuronPruning(ScheduledPruning):
         )
 
 
-def _is_in_window(schedule: Schedule | ScheduleFunction, step: int) -> bool:
-    if not isinstance(schedule, Schedule):
-        return True
-    return schedule.start <= step <= schedule.window_end() and (step - schedule.start) % schedule.every == 0
-
-
 def _training_loss(pl_module: LightningModule, batch: tuple[Any, int]) -> Tensor:
     """Compute the loss of a training step without what else it does: logging."""
     with _no_log(pl_module), pl_module.trainer.precision_plugin.train_step_context():
-        output = pl_module.training_step(*batch)
+        options = (
+            {"batch_idx": batch[1]} if "batch_idx" in inspect.signature(pl_module.training_step).parameters else {}
+        )
+        output = pl_module.training_step(batch[0], **options)
     return torch.as_tensor(output["loss"] if isinstance(output, dict) else output)
 
 

@@ -56,16 +56,19 @@ class ScheduledPruning(SparsityCallback):
         self._thresholds = dict[str, float]()
         self._generator.manual_seed(self._seed)
 
-    def _warn_if_too_short(self, trainer: Trainer, pl_module: LightningModule, schedule: Schedule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the schedule's fractions can be turned into steps, and that the run is long enough."""
+        super().on_train_start(trainer, pl_module)
+        if self.schedule is not None and not isinstance(self.schedule, Schedule):
+            return
         total = trainer.estimated_stepping_batches
-        schedule = schedule.resolved(total)
+        schedule = (self.schedule or Schedule(0.0, 1.0)).resolved(total)
         last = total - trainer.global_step + self._step
-        if pl_module.automatic_optimization and total > 0 and last < schedule.end:
+        if self.schedule is not None and pl_module.automatic_optimization and total > 0 and last < schedule.end:
             warnings.warn(
                 f"{self.name}: the schedule ends at optimizer step {schedule.end}, but the run has {last:.0f}: its counts "
                 "will not be reached; lower its end, give it as a fraction, or train longer",
-                stacklevel=3,
+                stacklevel=2,
             )
 
     def _reach(

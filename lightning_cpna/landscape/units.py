@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +11,22 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_cpna.activations import Loss, UnitActivity, evaluating, layers_of, mean_replacement_penalties, observe
+from lightning_cpna.activations import (
+    Loss,
+    UnitActivity,
+    evaluating,
+    layers_of,
+    mean_loss,
+    mean_replacement_penalties,
+    observe,
+)
 from lightning_cpna.graph import Graph
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 USELESS = 1e-3  # of the loss: chosen, as good as nothing beside what a step of training changes
-CONSTANT = 1e-12  # of the mean square of the activation: rounding
+CONSTANT = 1e-6  # of the largest magnitude: rounding
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,9 @@ def unit_report(
     Returns:
         The report.
 
+    Raises:
+        ValueError: If no layer is left to look at, or a layer's units cannot be followed.
+
     Reference:
         Evci: Detecting dead weights and units in neural networks (2018), Section 3.
 
@@ -119,14 +130,12 @@ def unit_report(
         >>> bool(report.layers[0].never_active[1])
         True
     """
-    layers = layers_of(module)
-    chosen = list(names) if names is not None else [name for name in graph if _is_hidden(graph, name, layers)]
+    chosen = list(names) if names is not None else graph.hidden(layers_of(module))
+    if not chosen:
+        raise ValueError("names is None, and the module has no hidden Linear or Conv layer whose units can be followed")
     activity = observe(module, graph, chosen, batches, loss)
-    total, n_batches = 0.0, 0
     with evaluating(module), torch.no_grad():
-        for batch in batches:
-            total, n_batches = total + float(loss(module, batch)), n_batches + 1
-    mean_loss = total / n_batches
+        total = mean_loss(module, batches, loss)
     found = []
     for name in chosen:
         seen = activity[name]
@@ -139,16 +148,11 @@ def unit_report(
                 activity=seen,
                 penalties=exact,
                 never_active=seen.largest == 0,
-                constant=seen.variance <= CONSTANT * seen.largest.square(),
-                useless=worth.abs() < USELESS * mean_loss,
+                constant=seen.spread <= CONSTANT * seen.largest,
+                useless=worth.abs() < USELESS * abs(total),
             )
         )
-    return UnitReport(tuple(found), mean_loss)
-
-
-def _is_hidden(graph: Graph, name: str, layers: Mapping[str, nn.Module]) -> bool:
-    readers = {reader.weight for reader in graph.fed_by(name)}
-    return bool(readers) and not graph[name].is_output and graph[name].lost is None and {name, *readers} <= set(layers)
+    return UnitReport(tuple(found), total)
 
 
 def plot_units(report: UnitReport) -> Figure:

@@ -336,7 +336,7 @@ def test_a_target_that_does_not_fit_the_module_is_refused_and_nothing_is_lost(
 
 
 def test_fractions_of_a_run_of_unknown_length_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"start=0.25 is a fraction of the run.*give start as a step"):
+    with pytest.raises(ValueError, match=r"start=0.0 is a fraction of the run.*give start as a step"):
         trainer(CPNAPruning({"net.2.weight": 5}), epochs=-1).fit(Classifier(), data())
 
 

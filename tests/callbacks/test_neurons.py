@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_cpna import (
     Annealing,
@@ -19,6 +20,7 @@ from lightning_cpna import (
     EpochFraction,
     Linear,
     OneShot,
+    Score,
     UnitInputs,
     UnitScore,
     mean_replacement_penalties,
@@ -122,13 +124,9 @@ def test_the_exact_penalty_is_that_of_the_pure_function_on_the_steps_batch() -> 
         def __call__(self, inputs: UnitInputs) -> Tensor:
             return score(inputs)
 
-    model = Classifier()
-    logged: list[str] = []
-
     class Logs(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             self.log("loss", 1.0)
-            logged.append("step")
             return super().training_step(batch, batch_idx)
 
     model = Logs()
@@ -158,15 +156,19 @@ def test_the_exact_penalty_is_that_of_the_pure_function_on_the_steps_batch() -> 
     assert "log" not in vars(model)
 
 
-def test_nodewise_cpna_removes_the_same_set_as_connectionwise_on_a_single_output() -> None:
+def test_nodewise_cpna_removes_the_same_set_as_connectionwise_on_the_4d_xor() -> None:
+    x = torch.rand(1000, 40, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    y = (x[:, :4].prod(1, keepdim=True) > 0).float()
+    loader = DataLoader(TensorDataset(x, y), batch_size=250)
+
     def run(callback: Any) -> tuple[list[list[bool]], dict[str, Tensor]]:
         torch.manual_seed(3)
-        model = Classifier(mlp(40))
+        model = Classifier(nn.Sequential(nn.Linear(40, 512), nn.ReLU(), nn.Linear(512, 1)))
         spy = Spy(lambda trainer, module: (module.net[2].weight != 0)[0].tolist())
-        trainer(callback, spy).fit(model, data())
+        trainer(callback, spy, epochs=15).fit(model, loader)
         return spy.answers, weights(model)
 
-    schedule = Annealing(1, 12)
+    schedule = Annealing(10, 40)
     single, a = run(CPNAPruning({"net.2.weight": 5}, schedule=schedule))
     nodes, b = run(NeuronPruning({"net.0.weight": 5}, schedule=schedule, score="path", normalize=True, compensate=None))
     assert single == nodes
@@ -190,6 +192,15 @@ def test_a_fraction_goes_after_each_epoch_and_the_count_is_npsets() -> None:
         model, data()
     )
     assert counts == [100, 100, 100, 96, 93, 90, 87, 87]
+
+
+def test_a_second_fit_takes_its_fraction_of_what_the_first_left() -> None:
+    model = Classifier(mlp(100))
+    schedule = EpochFraction(0.04, first=0, last=1)
+    for n in (93, 87):
+        callback = NeuronPruning(["net.0.weight"], schedule=schedule, score="norm", compensate=None)
+        trainer(callback, epochs=4).fit(model, data())
+        assert units(model) == n
 
 
 def test_a_fraction_stops_at_a_count() -> None:
@@ -393,6 +404,12 @@ def test_what_is_logged_agrees_with_a_count_by_hand() -> None:
         ({"net.0.weight": 4}, {"scope": "all"}, "scope is 'all'"),
         ({"net.0.weight": 4}, {"schedule": 7}, "schedule is 7"),
         ({"net.0.weight": 4}, {"name": ""}, "name is ''"),
+        ({"net.0.weight": 4}, {"score": Score("magnitude")}, "allowed is the name of a unit's score, a UnitScore"),
+        (
+            ["net.0.weight"],
+            {"schedule": EpochFraction(), "normalize": True},
+            "normalize is True; allowed with an Epoch",
+        ),
     ],
 )
 def test_a_bad_argument_is_refused_by_name(targets: Any, options: dict[str, Any], message: str) -> None:
@@ -460,3 +477,105 @@ def test_compensation_keeps_the_outputs_mean_where_removal_alone_shifts_it() -> 
 
     found: list[float] = []
     assert shift("mean") < 1e-6 < 1e-3 < shift(None)
+
+
+CLI_CONFIG = """
+trainer:
+  accelerator: cpu
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  max_epochs: 5
+  callbacks:
+    - class_path: lightning_cpna.NeuronPruning
+      init_args:
+        targets: {net.0.weight: 8}
+        schedule: {class_path: lightning_cpna.Cubic, init_args: {start: 2, end: 9}}
+        score: {class_path: lightning_cpna.UnitScore, init_args: {kind: norm, largest_first: true}}
+        compensate: null
+        shrink: true
+        name: units
+    - class_path: lightning_cpna.NeuronPruning
+      init_args:
+        targets: [net.0.weight]
+        schedule: {class_path: lightning_cpna.EpochFraction, init_args: {alpha: 0.3, first: 2, last: 3}}
+        score: out_degree
+        compensate: null
+    - class_path: lightning_cpna.DeadUnitLogger
+"""
+
+
+@pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
+def test_lightning_cli_reads_it_from_yaml(tmp_path: Path, package: str) -> None:
+    cli = pytest.importorskip(f"{package}.cli", reason="the extra 'cli' is not installed")
+    (tmp_path / "config.yaml").write_text(CLI_CONFIG)
+    module = Classifier if package == "pytorch_lightning" else OtherClassifier
+    run = cli.LightningCLI(
+        module, run=False, save_config_callback=None, args=["--config", str(tmp_path / "config.yaml")]
+    )
+    first, second, third = run.trainer.callbacks[:3]
+    assert (first.schedule, first.score, first.shrink) == (Cubic(2, 9), UnitScore("norm", largest_first=True), True)
+    assert (second.targets, second.schedule) == (["net.0.weight"], EpochFraction(0.3, first=2, last=3))
+    assert third.name == "dead_units"
+    run.trainer.fit(run.model, data())
+    assert units(run.model) == 8
+
+
+def test_layers_that_run_in_turns_lose_their_units_after_a_batch_in_which_they_run() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleList([mlp(), mlp()])
+            self.turn = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.turn += 1
+            return torch.as_tensor(self.heads[self.turn % 2](x))
+
+    model = Classifier(Heads())
+    targets: dict[str, int | float] = {"net.heads.0.0.weight": 4, "net.heads.1.0.weight": 4}
+    trainer(NeuronPruning(targets, schedule=Cubic(2, 12))).fit(model, data())
+    assert [units(model, name) for name in targets] == [4, 4]
+
+
+def test_two_steps_a_batch_and_a_batch_without_a_loss_are_no_obstacle() -> None:
+    class Twice(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            optimizer: Any = self.optimizers()
+            for _ in range(2):
+                optimizer.zero_grad()
+                loss = super().training_step(batch, batch_idx)
+                self.manual_backward(loss)
+                optimizer.step()
+            return loss
+
+    class Skips(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) if batch_idx % 2 else None
+
+    cases: list[tuple[Classifier, Any]] = [(Twice(), "mean_replacement"), (Skips(), "norm")]
+    for model, score in cases:
+        trainer(NeuronPruning({"net.0.weight": 4}, schedule=OneShot(4), score=score)).fit(model, data())
+        assert units(model) == 4
+
+
+def test_the_same_trainer_fitting_longer_goes_on_with_its_fraction() -> None:
+    model = Classifier(mlp(100))
+    runner = trainer(NeuronPruning(["net.0.weight"], schedule=EpochFraction(0.1, first=0, last=4)), epochs=3)
+    runner.fit(model, data())
+    assert units(model) == 81
+    runner.fit_loop.max_epochs = 7
+    runner.fit(model, data())
+    assert units(model) == 60
+
+
+def test_cpna_refuses_what_belongs_to_units() -> None:
+    with pytest.raises(ValueError, match="which counts epochs; allowed is a schedule that counts steps"):
+        CPNAPruning({"net.0.weight": 4}, schedule=EpochFraction())
+    with pytest.raises(ValueError, match="allowed is the name of a connection's score"):
+        CPNAPruning({"net.0.weight": 4}, score=UnitScore("norm"))  # type: ignore[arg-type]

@@ -318,7 +318,7 @@ def test_a_forward_with_its_width_written_in_it_stays_as_large_as_it_is_with_a_w
         return [NeuronPruning({"net.a.weight": 3}, schedule=OneShot(5), shrink=shrink)]
 
     spy = Shapes()
-    with pytest.warns(UserWarning, match=r"shrink: net\.a\.weight, net\.b\.weight stay as large as they are"):
+    with pytest.warns(UserWarning, match=r"shrink: net\.a\.weight stays as large as it is: .*shape '\[-1, 10\]'"):
         shrunk = run(make, callbacks(True), spy)
     same(shrunk, run(make, callbacks(False)))
     assert spy.shapes[-1] == spy.shapes[0]
@@ -328,7 +328,7 @@ def test_batch_normalisation_between_stays_as_large_as_it_is_with_a_warning() ->
     def make() -> nn.Module:
         return nn.Sequential(nn.Linear(6, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, 1))
 
-    with pytest.warns(UserWarning, match="stay as large as they are"):
+    with pytest.warns(UserWarning, match=r"shrink: net\.0\.weight stays as large as it is: .*running_mean"):
         model = run(make, [NeuronPruning({"net.0.weight": 3}, schedule=OneShot(5), shrink=True)])
     assert int(model.net[0].weight.any(1).sum()) == 3
 
@@ -379,3 +379,102 @@ def test_bad_arguments_are_refused_by_name() -> None:
         CPNAPruning({"net.0.weight": 3}, shrink="yes")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="shrink is True with an EpochFraction"):
         NeuronPruning(["net.0.weight"], schedule=EpochFraction(), shrink=True)
+
+
+def two_branches() -> nn.Module:
+    """One branch whose width is written in the code, and one that can be cut."""
+    return Net(
+        lambda m, x: m.b(m.a(x).relu().view(-1, 10)) + m.d(m.c(x).relu()),
+        a=nn.Linear(6, 10), b=nn.Linear(10, 1), c=nn.Linear(6, 12), d=nn.Linear(12, 1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [(3, 8), (5, 5)])
+def test_a_layer_that_cannot_be_cut_leaves_the_others_and_the_files_alone(steps: tuple[int, int]) -> None:
+    files: list[dict[str, torch.Size]] = []
+
+    class Files(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            files.append({name: value.shape for name, value in pl_module.state_dict().items()})
+
+    def callbacks(shrink: bool) -> list[Any]:
+        return [
+            NeuronPruning({f"net.{name}.weight": 3}, schedule=OneShot(step), name=name, shrink=shrink)
+            for name, step in zip("ac", steps, strict=True)
+        ]
+
+    spy = Shapes()
+    with pytest.warns(UserWarning, match=r"net\.a\.weight stays"):
+        shrunk = run(two_branches, callbacks(True), spy, Files())
+    same(shrunk, run(two_branches, callbacks(False)))
+    assert spy.shapes[-1]["net.a.weight"] == (10, 6)
+    assert spy.shapes[-1]["net.c.weight"] == (3, 6)
+    assert all(shapes == files[0] for shapes in files)
+
+
+@pytest.mark.parametrize(
+    ("make", "callback", "shape"),
+    [
+        (mlp, lambda: CPNAPruning({"net.2.weight": 4}, schedule=OneShot(3), shrink=True), (4, 6)),
+        (
+            lambda: nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 100), nn.ReLU(), nn.Linear(100, 1)),
+            lambda: NeuronPruning({"net.0.weight": 4}, schedule=OneShot(3), shrink=True),
+            (4, 6),
+        ),
+    ],
+    ids=["output layer only", "small layer before a large one"],
+)
+def test_what_died_beside_unmasked_layers_is_cut_too(make: Any, callback: Any, shape: tuple[int, int]) -> None:
+    spy = Shapes()
+    run(make, [callback()], spy, epochs=8)
+    assert spy.shapes[-1]["net.0.weight"] == shape
+
+
+@pytest.mark.parametrize("kind", ["units", "units by CPNA", "features"])
+def test_random_scores_resume_alike_while_shrinking(kind: str, tmp_path: Path) -> None:
+    def callbacks() -> list[Any]:
+        if kind == "units":
+            return [NeuronPruning({"net.0.weight": 3}, schedule=Cubic(1, 18), score="random", shrink=True)]
+        granularity: Any = "unit" if kind == "units by CPNA" else "feature"
+        options: dict[str, Any] = {"granularity": granularity, "score": "random", "shrink": True}
+        return [CPNAPruning({"net.0.weight": 3}, schedule=Cubic(1, 18), **options)]
+
+    torch.manual_seed(2)
+    whole = Double(mlp())
+    saver = checkpoint(tmp_path, every_n_epochs=1)
+    trainer(*callbacks(), saver, enable_checkpointing=True, epochs=6).fit(whole, data())
+    for file in sorted(tmp_path.glob("*.ckpt"))[1:5]:
+        resumed = Double(mlp())
+        trainer(*callbacks(), epochs=6).fit(resumed, data(), ckpt_path=file)
+        same(resumed, whole, 1e-9)
+
+
+def test_the_optimizers_state_goes_round_while_it_is_small() -> None:
+    class Round(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            [optimizer] = trainer.optimizers
+            optimizer.load_state_dict(optimizer.state_dict())
+
+    same(run(mlp, hidden_then_input(True), Round()), run(mlp, hidden_then_input(False)))
+
+
+def test_transposed_convolutions_keep_their_widths() -> None:
+    net = nn.Sequential(
+        nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8), nn.Unflatten(1, (4, 2)), nn.ConvTranspose1d(4, 2, 2), nn.Flatten(),
+        nn.Linear(6, 1),
+    )  # fmt: skip
+    model = run(lambda: net, [NeuronPruning({"net.0.weight": 3}, schedule=OneShot(3), shrink=True)])
+    assert (model.net[4].in_channels, model.net[4].out_channels) == (4, 2)
+
+
+def test_adafactor_is_refused_and_a_network_that_shrinks_is_not_compacted() -> None:
+    callback = NeuronPruning({"net.0.weight": 3}, schedule=OneShot(3), shrink=True)
+    with pytest.raises(ValueError, match="Adafactor is not known to work element by element"):
+        run(mlp, [callback], optimizer=lambda p: torch.optim.Adafactor(p))
+
+    class Compacts(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            compact(pl_module.net, batch[0].double())
+
+    with pytest.raises(ValueError, match="made smaller by a running fit"):
+        run(mlp, [NeuronPruning({"net.0.weight": 3}, schedule=OneShot(3), shrink=True)], Compacts())
