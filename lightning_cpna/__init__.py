@@ -1,12 +1,13 @@
 """Sparse training for PyTorch Lightning: prune, rewire, rewind and explain any LightningModule."""
 
-from lightning_cpna.activations import UnitActivity, Watch, mean_replacement_penalties, observe
+from lightning_cpna.activations import UnitActivity, Watch
 from lightning_cpna.callbacks import CPNAPruning, DeadUnitLogger, NeuronPruning
 from lightning_cpna.compact import Compacted, compact, load_compact
 from lightning_cpna.cost import Cost, cost_of
 from lightning_cpna.graph import Graph
 from lightning_cpna.landscape import LayerUnits, UnitReport, plot_units, unit_report
 from lightning_cpna.masks import Masks, infer_masks, keep_top
+from lightning_cpna.observe import mean_replacement_penalties, observe
 from lightning_cpna.plots import Connectivity, connectivity, plot_connectivity, plot_schedule
 from lightning_cpna.report import LayerReport, SparsityReport
 from lightning_cpna.rescale import rescale_

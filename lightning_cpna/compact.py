@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_cpna.activations import Watch, change_input, evaluating, layers_of
+from lightning_cpna.activations import Watch
 from lightning_cpna.cost import Cost, cost_of
 from lightning_cpna.graph import Graph
+from lightning_cpna.layers import change_input, evaluating, layers_of
 from lightning_cpna.replay import float64_copy, largest_difference, replay
 from lightning_cpna.shrink import is_shrunk
 from lightning_cpna.sparsity import Sparsity

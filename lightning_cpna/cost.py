@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_cpna.activations import evaluating
+from lightning_cpna.layers import evaluating
 
 REPEATS, SECONDS = 30, 0.5  # chosen: the medians repeat within some percent
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_cpna.activations import change_input, layers_of, n_kernel_axes
 from lightning_cpna.graph import Graph
+from lightning_cpna.layers import change_input, layers_of, n_kernel_axes
 from lightning_cpna.masks import Kept, Mask
 from lightning_cpna.moments import is_elementwise
 from lightning_cpna.replay import float64_copy, largest_difference, replay

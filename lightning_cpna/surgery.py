@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_cpna.activations import layers_of
 from lightning_cpna.graph import Graph
+from lightning_cpna.layers import layers_of
 
 _WIDTHS = (
     "in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "num_parameters",

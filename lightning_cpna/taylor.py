@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_cpna.activations import Loss, evaluating
+from lightning_cpna.layers import evaluating
+from lightning_cpna.observe import Loss
 from lightning_cpna.targets import resolve
 
 WeightSaliency = Literal["first_order", "second_order", "hessian", "hessian_diagonal"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cpna import Watch, mean_replacement_penalties, observe, sparsity_of, trace
-from lightning_cpna.activations import evaluating
+from lightning_cpna.layers import evaluating
 from tests.helpers import Net
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cpna import Score, Sparsity, compact, cost_of, load_compact, trace
-from lightning_cpna.activations import layers_of
+from lightning_cpna.layers import layers_of
 from tests.helpers import Net
 
 

@@ -7,10 +7,11 @@ import warnings
 from typing import Any
 
 from lightning_cpna._lightning import Callback, LightningModule, Trainer
-from lightning_cpna.activations import Watch, layers_of
+from lightning_cpna.activations import Watch
 from lightning_cpna.callbacks.capture import Capture, running_eagerly, trace_few
 from lightning_cpna.graph import Graph
 from lightning_cpna.landscape.units import CONSTANT
+from lightning_cpna.layers import layers_of
 
 
 class DeadUnitLogger(Callback):

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from lightning_cpna._lightning import LightningModule, Trainer
-from lightning_cpna.activations import Watch, layers_of, mean_replacement_penalties
+from lightning_cpna.activations import Watch
 from lightning_cpna.callbacks.base import Fit, agree
 from lightning_cpna.callbacks.capture import running_eagerly
 from lightning_cpna.callbacks.scheduled import ScheduledPruning, check_choice, check_function, check_targets
 from lightning_cpna.graph import Graph
+from lightning_cpna.layers import layers_of
+from lightning_cpna.observe import mean_replacement_penalties
 from lightning_cpna.rescale import rescale_, verify_rescaling
 from lightning_cpna.schedules import (
     Cubic,

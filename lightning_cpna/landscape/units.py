@@ -11,16 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_cpna.activations import (
-    Loss,
-    UnitActivity,
-    evaluating,
-    layers_of,
-    mean_loss,
-    mean_replacement_penalties,
-    observe,
-)
+from lightning_cpna.activations import UnitActivity
 from lightning_cpna.graph import Graph
+from lightning_cpna.layers import evaluating, layers_of
+from lightning_cpna.observe import Loss, mean_loss, mean_replacement_penalties, observe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
