@@ -66,7 +66,7 @@ class Compacted:
             f"MACs per example {self.before.macs:,} -> {self.after.macs:,}",
             *(
                 f"latency at batch {size}: {1e3 * old:.3g} -> {1e3 * self.after.latency[size]:.3g} ms "
-                f"({old / self.after.latency[size]:.1f} x faster)"
+                f"({old / self.after.latency[size]:.1f} times as fast)"
                 for size, old in self.before.latency.items()
             ),
             *(f"units removed of {name}: {n}" for name, n in self.removed.items()),
@@ -107,6 +107,10 @@ def compact(
         >>> compacted.module[0].weight.shape, compacted.features.tolist()
         (torch.Size([3, 5]), [0, 1, 3, 4, 5])
     """
+    if not isinstance(module, nn.Module):
+        raise ValueError(
+            f"module is a {type(module).__name__}; allowed is the nn.Module itself, or a part that has a forward"
+        )
     inputs = (example,) if isinstance(example, Tensor) else example
     if not isinstance(inputs, tuple) or not inputs or not all(isinstance(x, Tensor) for x in inputs):
         raise ValueError(f"example is a {type(example).__name__}; allowed is a tensor, or a tuple of tensors")

@@ -242,6 +242,11 @@ class Sparsity:
         for name in budget.names:
             self.with_removable_units(name)
             gone = self.targets[name].axes.view(self.masks[name].removed).flatten(2).all(2)  # (member, unit)
+            if scores[name].shape[-1:] != gone.shape[1:]:
+                raise ValueError(
+                    f"scores: that of {name!r} has shape {tuple(scores[name].shape)}; allowed is one number a unit, "
+                    f"{tuple(gone.shape)}"
+                )
             wide = scores[name].to(gone.device, torch.promote_types(scores[name].dtype, torch.float32))
             wide = wide.expand(gone.shape).clamp(min=torch.finfo(wide.dtype).min)
             if len(budget.names) > 1:  # so that layers can be compared (Evci 2018)
@@ -353,7 +358,11 @@ class Sparsity:
             why = lost
         else:
             return graph
-        raise ValueError(f"granularity='unit': the units of {name!r} cannot be removed: {why}")
+        allowed = ", ".join(other for other in graph or () if not graph[other].is_output and not graph[other].lost)
+        raise ValueError(
+            f"targets: the units of {name!r} cannot be removed: {why}; allowed are hidden layers whose units can be followed, "
+            f"here: {allowed or 'none'}"
+        )
 
     @torch.no_grad()
     def propagate_means_(self, name: str, units: Tensor, means: Mapping[str, Tensor]) -> None:

@@ -68,6 +68,7 @@ def weight_saliencies(
         raise ValueError(f"probes is {probes}; allowed is an int >= 1")
     if not len(batches):
         raise ValueError("batches is empty; allowed is at least one batch")
+    names = [names] if isinstance(names, str) else names
     targets = {target.name: target.parameter for group in resolve(module, names).values() for target in group}
     for name, parameter in targets.items():
         if not parameter.requires_grad:

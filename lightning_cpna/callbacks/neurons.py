@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
@@ -42,9 +43,9 @@ class NeuronPruning(ScheduledPruning):
     weights of hidden layers: the outputs of the network stay.
 
     Args:
-        targets: From the name or glob of a hidden layer's weight (``"net.*.weight"``) to how many of its units should
+        targets: From the name or glob of a hidden layer's weight (``"net.[02].weight"``) to how many of its units should
             remain: an int is a count, a float in (0, 1) a fraction. With an ``EpochFraction``, which says how many go,
-            a list of names.
+            a list of names; a dict sets what it does not go below.
         schedule: When, and how many stay: a ``Schedule`` or function ``(step, n_start, n_end) -> int`` of optimizer steps,
             or an ``EpochFraction`` (NPSET), which acts when the next epoch starts. None: ``Cubic(0.25, 0.75)``.
         score: Which stay: the name of a score, a ``UnitScore``, or a function of ``UnitInputs``. Scores of activations use
@@ -93,10 +94,14 @@ class NeuronPruning(ScheduledPruning):
         check_choice("normalize", normalize, (True, False))
         check_choice("scope", scope, ("layer", "shared"))
         if isinstance(targets, list):
-            if not targets or not isinstance(schedule, EpochFraction) or scope == "shared":
+            if not targets or not isinstance(schedule, EpochFraction):
                 raise ValueError(
                     f"targets is {targets!r}; allowed is a dict from name to what should remain, or, with an EpochFraction, "
                     "which says how many go of each layer, a list of names"
+                )
+            if scope == "shared":
+                raise ValueError(
+                    "scope is 'shared'; allowed with an EpochFraction, which says how many go of each, is 'layer'"
                 )
         else:
             check_targets(targets)
@@ -170,6 +175,12 @@ class NeuronPruning(ScheduledPruning):
         """Go on from what a checkpoint knows; refuse what the score cannot do."""
         super().on_train_start(trainer, pl_module)
         fit = self._running()
+        if isinstance(self.schedule, EpochFraction) and 0 <= (trainer.max_epochs or -1) < self.schedule.last + 2:
+            warnings.warn(
+                f"{self.name}: the schedule's last units go when epoch {self.schedule.last + 1} (from 0) starts, but the run has "
+                f"{trainer.max_epochs} epochs: its counts will not be reached; lower last, or train longer",
+                stacklevel=2,
+            )
         if self._is_penalty and not pl_module.automatic_optimization:
             raise ValueError(
                 f"{self.name}: score is 'penalty', which repeats training_step to know the loss; allowed with manual "
@@ -313,10 +324,8 @@ class NeuronPruning(ScheduledPruning):
 def _training_loss(pl_module: LightningModule, batch: tuple[Any, int]) -> Tensor:
     """Compute the loss of a training step without what else it does: logging."""
     with _no_log(pl_module), pl_module.trainer.precision_plugin.train_step_context():
-        options = (
-            {"batch_idx": batch[1]} if "batch_idx" in inspect.signature(pl_module.training_step).parameters else {}
-        )
-        output = pl_module.training_step(batch[0], **options)
+        n_arguments = len(inspect.signature(pl_module.training_step).parameters)
+        output = pl_module.training_step(*batch[: min(2, n_arguments)])
     return torch.as_tensor(output["loss"] if isinstance(output, dict) else output)
 
 

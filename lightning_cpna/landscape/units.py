@@ -34,7 +34,8 @@ class LayerUnits:
         never_active: Units whose activation is zero for every example, bool ``(unit,)``.
         constant: Units whose activation is the same for every example (those that are never active among them): replacing
             them by their mean is free.
-        useless: Units whose mean replacement penalty (or, without it, saliency) is below a thousandth of the loss.
+        useless: Units whose mean replacement penalty (or, without it, saliency) is in magnitude below a thousandth of the
+            loss.
     """
 
     name: str
@@ -124,6 +125,7 @@ def unit_report(
         >>> bool(report.layers[0].never_active[1])
         True
     """
+    names = [names] if isinstance(names, str) else names
     chosen = list(names) if names is not None else graph.hidden(layers_of(module))
     if not chosen:
         raise ValueError("names is None, and the module has no hidden Linear or Conv layer whose units can be followed")
@@ -167,21 +169,23 @@ def plot_units(report: UnitReport) -> Figure:
         worth = layer.penalties if layer.penalties is not None else layer.activity.mean_replacement_saliency
         assert worth is not None
         order = worth.argsort(descending=True)
-        ranks = torch.arange(len(order)) + 1
-        floor = float(worth[worth > 0].min()) if bool((worth > 0).any()) else 1e-12
-        heights = worth[order].clamp(min=floor)
-        label = "penalty" if layer.penalties is not None else "|saliency|"
-        axes.plot(ranks, heights, color="C0", label=f"mean replacement {label}")
-        for flags, colour, text in (
-            (layer.useless, "C1", "useless"),
-            (layer.constant, "C2", "constant"),
-            (layer.never_active, "C3", "never active"),
+        ranks, heights = torch.arange(len(order)) + 1, worth[order]
+        label = "penalty" if layer.penalties is not None else "saliency"
+        axes.plot(ranks, heights, color="C0")
+        for flags, colour, size, text in (
+            (layer.useless, "C1", 9, "useless"),
+            (layer.constant, "C2", 6, "constant"),
+            (layer.never_active, "C3", 3, "never active"),
         ):
             marked = flags[order]
-            count = int(flags.sum())
-            axes.plot(ranks[marked], heights[marked], ".", color=colour, label=f"{text}: {count}")
-        axes.axhline(USELESS * report.loss, color="0.5", linestyle="--", linewidth=1)
-        axes.set(yscale="log", xlabel="unit, the most valuable first", title=f"{layer.name}: {len(order)} units")
+            axes.plot(
+                ranks[marked], heights[marked], "o", color=colour, markersize=size, label=f"{text}: {int(flags.sum())}"
+            )
+        useless = USELESS * abs(report.loss)
+        axes.axhspan(-useless, useless, color="0.9", zorder=0)
+        axes.set_yscale("symlog", linthresh=useless or 1e-12)
+        axes.set(xlabel="unit, the most valuable first", title=f"{layer.name}: {len(order)} units")
+        axes.set_ylabel(f"mean replacement {label}; grey: under {USELESS:g} of the loss")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     return figure

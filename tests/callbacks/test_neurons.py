@@ -396,7 +396,11 @@ def test_what_is_logged_agrees_with_a_count_by_hand() -> None:
         ({"net.0.weight": 0}, {}, "'net.0.weight' is 0; allowed is a count"),
         (["net.0.weight"], {}, "allowed is a dict from name to what should remain, or, with an EpochFraction"),
         ([], {"schedule": EpochFraction()}, "targets is \\[\\]"),
-        (["net.0.weight"], {"schedule": EpochFraction(), "scope": "shared"}, "a list of names"),
+        (
+            ["net.0.weight"],
+            {"schedule": EpochFraction(), "scope": "shared"},
+            "scope is 'shared'; allowed with an Epoch",
+        ),
         ({"net.0.weight": 4}, {"score": "nonsense"}, "score is 'nonsense'; allowed is one of norm"),
         ({"net.0.weight": 4}, {"score": 3}, "score is 3; allowed"),
         ({"net.0.weight": 4}, {"compensate": "median"}, "compensate is 'median'; allowed is one of 'mean', None"),
@@ -579,3 +583,37 @@ def test_cpna_refuses_what_belongs_to_units() -> None:
         CPNAPruning({"net.0.weight": 4}, schedule=EpochFraction())
     with pytest.raises(ValueError, match="allowed is the name of a connection's score"):
         CPNAPruning({"net.0.weight": 4}, score=UnitScore("norm"))  # type: ignore[arg-type]
+
+
+def test_a_fraction_whose_last_epoch_the_run_does_not_reach_warns_at_the_start() -> None:
+    callback = NeuronPruning(
+        ["net.0.weight"], schedule=EpochFraction(0.2, first=1, last=4), score="norm", compensate=None
+    )
+    with pytest.warns(
+        UserWarning, match=r"the schedule's last units go when epoch 5 \(from 0\) starts, but the run has 5"
+    ):
+        trainer(callback, epochs=5).fit(Classifier(), data())
+
+
+def test_the_penalty_takes_training_step_as_it_is_written() -> None:
+    class Renamed(Classifier):
+        def training_step(self, b: Any, i: int) -> Tensor:
+            return super().training_step(b, i)
+
+    class BatchOnly(Classifier):
+        def training_step(self, b: Any) -> Tensor:  # type: ignore[override]
+            return super().training_step(b, 0)
+
+    for model in (Renamed(), BatchOnly()):
+        trainer(NeuronPruning({"net.0.weight": 4}, schedule=OneShot(3), score="penalty")).fit(model, data())
+        assert units(model) == 4
+
+
+def test_a_score_of_another_shape_is_refused_with_what_is_allowed() -> None:
+    def wrong(inputs: UnitInputs) -> Tensor:
+        return torch.ones(3)
+
+    with pytest.raises(
+        ValueError, match=r"that of 'net\.0\.weight' has shape \(3,\); allowed is one number a unit, \(1, 16\)"
+    ):
+        trainer(NeuronPruning({"net.0.weight": 4}, schedule=OneShot(3), score=wrong)).fit(Classifier(), data())
