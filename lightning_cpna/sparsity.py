@@ -358,10 +358,10 @@ class Sparsity:
             why = lost
         else:
             return graph
-        allowed = ", ".join(other for other in graph or () if not graph[other].is_output and not graph[other].lost)
+        allowed = "" if graph is None else ", ".join(o for o, x in graph.items() if not x.is_output and not x.lost)
         raise ValueError(
-            f"targets: the units of {name!r} cannot be removed: {why}; allowed are hidden layers whose units can be followed, "
-            f"here: {allowed or 'none'}"
+            f"targets: the units of {name!r} cannot be removed: {why}; allowed are hidden layers whose units can be "
+            f"followed, here: {allowed or 'none'}"
         )
 
     @torch.no_grad()

@@ -381,7 +381,7 @@ def test_bad_examples_and_larger_files_are_refused_by_name(tmp_path: Path) -> No
     net, x, _ = mlp()
     with pytest.raises(ValueError, match="example is a list; allowed is a tensor, or a tuple of tensors"):
         compact(net, [x])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="module is a OrderedDict; allowed is the nn.Module itself"):
+    with pytest.raises(ValueError, match="module is a OrderedDict; allowed is"):
         compact(net.state_dict(), x)  # type: ignore[arg-type]
     compact(net, x, batch_sizes=()).save(tmp_path)
     with pytest.raises(ValueError, match="the file belongs to another network"):

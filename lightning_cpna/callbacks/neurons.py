@@ -177,8 +177,8 @@ class NeuronPruning(ScheduledPruning):
         fit = self._running()
         if isinstance(self.schedule, EpochFraction) and 0 <= (trainer.max_epochs or -1) < self.schedule.last + 2:
             warnings.warn(
-                f"{self.name}: the schedule's last units go when epoch {self.schedule.last + 1} (from 0) starts, but the run has "
-                f"{trainer.max_epochs} epochs: its counts will not be reached; lower last, or train longer",
+                f"{self.name}: the schedule's last units go when epoch {self.schedule.last + 1} (from 0) starts, but the run "
+                f"has {trainer.max_epochs} epochs: its counts will not be reached; lower last, or train longer",
                 stacklevel=2,
             )
         if self._is_penalty and not pl_module.automatic_optimization:
