@@ -123,8 +123,7 @@ class UnitRemover:
                 activity=activity[name],
                 penalize=partial(mean_replacement_penalties, self.module, graph, name, [batch], cross_entropy, means),
             )
-            values = score(inputs)
-            self._scores[name] = values / values.norm()  # so that layers can be compared (Evci)
+            self._scores[name] = score(inputs)
         hidden = "".join(name.split(".")[1] for name in names)
         [self._budget] = self._sparsity.add_budgets(
             self.module, {f"net.[{hidden}].weight": len(names)}, "unit", "shared"
