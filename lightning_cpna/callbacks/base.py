@@ -401,7 +401,8 @@ class SparsityCallback(Callback):
         fit.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the fit."""
+        """Let go of the fit; a step that was made counts, what it would have pruned goes with the next one."""
+        self._handled_step = self._step
         if self._fit is not None:
             self._fit.release()
             self._fit = None

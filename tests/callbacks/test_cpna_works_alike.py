@@ -309,7 +309,7 @@ def test_a_checkpoint_saved_inside_the_first_batch_of_a_fit_holds_what_its_step_
     assert [live(step) for step in (5, 6, 7, 8)] == [11, 10, 9, 8]
 
 
-def test_the_state_is_that_of_what_was_pruned_when_a_fit_breaks_off() -> None:
+def test_a_step_whose_batch_broke_off_counts_and_the_next_one_prunes_for_both(tmp_path: Path) -> None:
     class Breaks(pl.Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             if trainer.global_step == 3:
@@ -318,7 +318,20 @@ def test_the_state_is_that_of_what_was_pruned_when_a_fit_breaks_off() -> None:
     callback, model = CPNAPruning({"net.2.weight": 8}, schedule=Linear(0, 8)), Classifier()
     with pytest.raises(RuntimeError, match="out of luck"):
         trainer(Breaks(), callback).fit(model, data())
-    assert (callback.state_dict()["step"], live_counts(model)["net.2.weight"]) == (2, 14)
+    assert (callback.state_dict()["step"], live_counts(model)["net.2.weight"]) == (3, 14)
+    saver = pl.callbacks.OnExceptionCheckpoint(tmp_path)
+    broken = CPNAPruning({"net.2.weight": 8}, schedule=Linear(0, 8))
+    with pytest.raises(RuntimeError, match="out of luck"):
+        trainer(Breaks(), broken, saver, enable_checkpointing=True).fit(Classifier(), data())
+    counts: list[int] = []
+
+    class Counts(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            counts.append(live_counts(pl_module)["net.2.weight"])
+
+    resumed = CPNAPruning({"net.2.weight": 8}, schedule=Linear(0, 8))
+    trainer(resumed, Counts()).fit(Classifier(), data(), ckpt_path=tmp_path / "on_exception.ckpt")
+    assert counts[0] == Linear(0, 8).n_remaining(4, 16, 8)
 
 
 @pytest.mark.parametrize("same_trainer", [False, True])
