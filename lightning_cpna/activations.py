@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_cpna.graph import Graph
 from lightning_cpna.layers import change_input, layers_of, n_kernel_axes
 
+CONSTANT = 1e-6  # of the largest magnitude: rounding
 CHUNK = 2**16  # chosen: numbers at a time, so that they stay in the processor's cache
 
 
@@ -49,6 +50,16 @@ class UnitActivity:
     means: Mapping[str, Tensor]
     removal_saliency: Tensor | None
     mean_replacement_saliency: Tensor | None
+
+    @property
+    def never_active(self) -> Tensor:
+        """Units whose activation is zero for every example, bool ``(unit,)``."""
+        return self.largest == 0
+
+    @property
+    def constant(self) -> Tensor:
+        """Units whose activation is the same for every example, those that are never active among them, ``(unit,)``."""
+        return self.spread <= CONSTANT * self.largest
 
 
 class Watch:

@@ -17,10 +17,10 @@ from lightning_cpna.activations import Watch
 from lightning_cpna.cost import Cost, cost_of
 from lightning_cpna.graph import Graph
 from lightning_cpna.layers import change_input, evaluating, layers_of
-from lightning_cpna.replay import float64_copy, largest_difference, replay
+from lightning_cpna.replay import float64_copy, reason, replay, why_not
 from lightning_cpna.shrink import is_shrunk
 from lightning_cpna.sparsity import Sparsity
-from lightning_cpna.surgery import Groups, cut_inputs_, cut_units_, set_shapes_, shapes_of
+from lightning_cpna.surgery import Groups, all_but_one, cut_inputs_, cut_units_, set_shapes_, shapes_of
 from lightning_cpna.tracing import trace
 
 TOLERANCE = 1e-6
@@ -184,19 +184,20 @@ class _Work:
         """Cut a layer's dead units; return whether any went."""
         if name in graph.hidden(layers_of(self.module)):
             self._fold_constants(graph, name)
-            dead = _all_but_one(graph.outgoing_norm(name, dict(self.module.named_parameters()))[0] == 0)
+            dead = all_but_one(graph.outgoing_norm(name, dict(self.module.named_parameters()))[0] == 0)
             if not dead.any():
                 return False
             n_groups = getattr(layers_of(self.module)[name], "groups", 1)
             if n_groups == 1 and not self._try(lambda module: cut_units_(module, graph, name, dead)):
                 return True
         try:
-            dead = _all_but_one(Groups(copy.deepcopy(self.module), self.inputs).dead_units(name))
+            dead = all_but_one(Groups(copy.deepcopy(self.module), self.inputs).dead_units(name))
             why = self._try(lambda module: Groups(module, self.inputs).cut_(name, dead)) if dead.any() else ""
         except Exception as error:  # of the network's, or of torch-pruning's, which does not know every network
-            why = _reason(error) if _has_zero_inputs(self.module) else ""
-            dead = torch.zeros(1, dtype=torch.bool)
             self._given_up.add(name)
+            if _has_zero_inputs(self.module):
+                self.left[name] = reason(error)
+            return False
         if why:
             self._given_up.add(name)
             self.left[name] = why
@@ -241,7 +242,7 @@ class _Work:
         if not readers:
             return None
         used = torch.stack([layer.get_parameter("weight").detach().any(0) for layer in readers.values()]).any(0)
-        unused = _all_but_one(~used)
+        unused = all_but_one(~used)
         keep = (~unused).nonzero().flatten()
         if not unused.any():
             return None
@@ -261,15 +262,15 @@ class _Work:
     def _try(self, change: Callable[[nn.Module], None], inputs: tuple[Tensor, ...] | None = None) -> str:
         """Change the network, unless that changes its outputs or breaks it; return why not."""
         twin = copy.deepcopy(self.module)
-        try:
+
+        def run() -> list[Tensor]:
             change(twin)
-            difference = largest_difference(self._expected, self._outputs(twin, inputs or self.inputs))
-        except Exception as error:  # whatever the network's own code says to tensors of another width
-            return _reason(error)
-        if not difference <= TOLERANCE:
-            return f"the output would change by {difference:.1e} of its magnitude"
-        self.module = twin
-        return ""
+            return self._outputs(twin, inputs or self.inputs)
+
+        why = why_not(self._expected, run, TOLERANCE)
+        if not why:
+            self.module = twin
+        return why
 
     @staticmethod
     def _outputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -277,18 +278,7 @@ class _Work:
             return replay(twin, "", (inputs, {}))
 
 
-def _all_but_one(dead: Tensor) -> Tensor:
-    """Keep one, where all are dead."""
-    dead = dead.clone()
-    dead[:1] &= not bool(dead.all())
-    return dead
-
-
 def _has_zero_inputs(module: nn.Module) -> bool:
     """Tell whether any layer ignores one of its inputs, so that something may be dead."""
     weights = (layer.get_parameter("weight").detach() for layer in layers_of(module).values())
     return any(not bool(weight.movedim(1, 0).flatten(1).any(1).all()) for weight in weights)
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -44,6 +44,20 @@ def largest_difference(before: Iterable[Tensor], after: Iterable[Tensor]) -> flo
     return largest
 
 
+def why_not(before: Iterable[Tensor], run: Callable[[], Iterable[Tensor]], tolerance: float) -> str:
+    """Run a network that was changed; return why it cannot be changed so, nothing if its outputs stay what they were."""
+    try:
+        difference = largest_difference(before, run())
+    except Exception as error:  # whatever the network's own code says to tensors of another width
+        return reason(error)
+    return "" if difference <= tolerance else f"the output would change by {difference:.1e} of its magnitude"
+
+
+def reason(error: Exception) -> str:
+    """Return the kind of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def plain(output: Any) -> Any:
     """Turn dataclass outputs into dicts, whose leaves can be found."""
     return vars(output) if hasattr(output, "__dataclass_fields__") else output

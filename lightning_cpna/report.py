@@ -106,10 +106,15 @@ class SparsityReport:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=110, no_color=True)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
+        return as_text(self.table())
+
+
+def as_text(table: Table) -> str:
+    """Render a rich table without colours."""
+    console = Console(width=110, no_color=True)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
 
 
 def live_units(masks: Masks, graph: Graph | None, targets: Mapping[str, Target], name: str) -> Tensor:

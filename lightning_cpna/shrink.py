@@ -15,10 +15,10 @@ from lightning_cpna.graph import Graph
 from lightning_cpna.layers import change_input, layers_of, n_kernel_axes
 from lightning_cpna.masks import Kept, Mask
 from lightning_cpna.moments import is_elementwise
-from lightning_cpna.replay import float64_copy, largest_difference, replay
+from lightning_cpna.replay import float64_copy, replay, why_not
 from lightning_cpna.report import feeds_something, live_mask
 from lightning_cpna.sparsity import Sparsity
-from lightning_cpna.surgery import set_widths
+from lightning_cpna.surgery import all_but_one, set_widths
 
 TOLERANCE = 1e-9
 
@@ -115,12 +115,12 @@ class Shrinking:
         graph = self._sparsity.graph
         assert graph is not None
         before, undo = self._outputs(), self._snapshot()
-        try:
+
+        def run() -> list[Tensor]:
             self._cut(graph, rows, self._left_inputs(graph, rows, unread))
-            difference = largest_difference(before, self._outputs())
-            why = "" if difference <= TOLERANCE else f"the output would change by {difference:.1e} of its magnitude"
-        except Exception as error:  # whatever the network's own code says to tensors of another width
-            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            return self._outputs()
+
+        why = why_not(before, run, TOLERANCE)
         if why:
             undo()
         return why
@@ -134,9 +134,9 @@ class Shrinking:
             target = sparsity.targets[name]
             incoming = target.axes.view(live_mask(sparsity.masks, target)).flatten(2).any(2)  # (1, unit)
             alive = (incoming | feeds_something(sparsity.masks, graph, sparsity.targets, name))[0].cpu()
-            alive[:1] |= not bool(alive.any())
-            if not bool(alive.all()):
-                left[name] = alive.nonzero().flatten()
+            dead = all_but_one(~alive)
+            if bool(dead.any()):
+                left[name] = (~dead).nonzero().flatten()
         return left
 
     def _unread_features(self, graph: Graph) -> dict[str, Tensor]:
@@ -147,8 +147,7 @@ class Shrinking:
             if not is_known or name in self._refused or name not in sparsity.masks:
                 continue
             live = layer.axes.view(sparsity.masks[name].live)  # (1, unit, input, *kernel)
-            unread = ~live.transpose(1, 2).flatten(2).any(2)[0].cpu() & (layer.sources.cpu() < 0)
-            unread[:1] &= not bool(unread.all())
+            unread = all_but_one(~live.transpose(1, 2).flatten(2).any(2)[0].cpu() & (layer.sources.cpu() < 0))
             if bool(unread.any()):
                 found[name] = unread
         return found

@@ -18,6 +18,13 @@ _WIDTHS = (
 )  # fmt: skip
 
 
+def all_but_one(dead: Tensor) -> Tensor:
+    """Spare the first of some units or inputs, bool ``(n,)``, where all are dead."""
+    dead = dead.clone()
+    dead[:1] &= not bool(dead.all())
+    return dead
+
+
 def cut_units_(module: nn.Module, graph: Graph, name: str, dead: Tensor) -> None:
     """Cut units out of a layer, and the inputs that read them out of the layers that it feeds.
 

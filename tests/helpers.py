@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_cpna import sparsity_of
+
 N_FEATURES, N_ROWS = 6, 64
 
 
@@ -86,6 +88,28 @@ class OtherClassifier(Steps, lightning.pytorch.LightningModule):
     def __init__(self, net: Any = None) -> None:
         super().__init__()
         self.net = net or mlp()
+
+
+class Spy(pl.Callback):
+    """Asks a question after every batch, before or after what the callbacks beside it do."""
+
+    def __init__(self, ask: Any) -> None:
+        self.ask = ask
+        self.answers: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.answers.append(self.ask(trainer, pl_module))
+
+
+class RankSpy(pl.Callback):
+    """Writes each rank's masks and weights where the test can read them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        masks = {name: mask.live for name, mask in sparsity_of(pl_module).masks.items()}
+        torch.save((masks, weights(pl_module)), self.folder / f"{trainer.global_rank}.pt")
 
 
 def trainer(*callbacks: Any, epochs: int = 5, package: Any = pl, **options: Any) -> Any:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.data import Split, Splits, loader
+from examples.quiet import silence
 
 
 class Classifier(pl.LightningModule):
@@ -64,10 +63,7 @@ def fit(
     module: Classifier, data: Splits, *, epochs: int, batch_size: int, seed: int, callbacks: Sequence[Any] = ()
 ) -> pl.Trainer:
     """Train a module."""
-    for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    silence()
     torch.set_num_threads(1)
     trainer = pl.Trainer(
         max_epochs=epochs,

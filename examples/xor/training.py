@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from torchmetrics.functional.classification import binary_auroc
 
+from examples.quiet import silence
 from examples.xor.problem import Phases, XORDataModule, XORNet
 from examples.xor.recipes import HIDDEN, INPUT, callbacks, recipe
 from lightning_cpna import Connectivity, connectivity, sparsity_of, trace
@@ -144,7 +144,7 @@ def train(job: Job, out: Path, progress: np.ndarray[Any, Any] | None = None, ind
         progress: A shared array of steps done.
         index: This run's element of it.
     """
-    _silence()
+    silence()
     torch.set_num_threads(1)
     steps = recipe(job.k, job.method)
     phases = [phase for phase, _ in steps]
@@ -208,10 +208,3 @@ def train(job: Job, out: Path, progress: np.ndarray[Any, Any] | None = None, ind
         boundaries=ends,
         connectivity=chain,
     )
-
-
-def _silence() -> None:
-    for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")

@@ -390,7 +390,6 @@ class SparsityCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if a count was not reached, and let go of the optimizers."""
         fit = self._running()
-        fit.restore()
         for budget in fit.budgets:
             if (n := fit.sparsity.n_remaining(budget)) > budget.n_end:
                 warnings.warn(

@@ -10,7 +10,6 @@ from lightning_cpna._lightning import Callback, LightningModule, Trainer
 from lightning_cpna.activations import Watch
 from lightning_cpna.callbacks.capture import Capture, running_eagerly, trace_few
 from lightning_cpna.graph import Graph
-from lightning_cpna.landscape.units import CONSTANT
 from lightning_cpna.layers import layers_of
 
 
@@ -90,10 +89,9 @@ class DeadUnitLogger(Callback):
             return
         for name in self._graph.hidden(layers_of(pl_module)):
             activity = self._watch.activity(self._graph, name)
-            constant = activity.spread <= CONSTANT * activity.largest
             counts = {
-                "never_active": int((activity.largest == 0).sum()),
-                "constant": int(constant.sum()),
+                "never_active": int(activity.never_active.sum()),
+                "constant": int(activity.constant.sum()),
                 "units": len(activity.largest),
             }
             pl_module.log_dict({f"{self.name}/{name}/{key}": float(count) for key, count in counts.items()})

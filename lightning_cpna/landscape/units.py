@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -15,12 +14,12 @@ from lightning_cpna.activations import UnitActivity
 from lightning_cpna.graph import Graph
 from lightning_cpna.layers import evaluating, layers_of
 from lightning_cpna.observe import Loss, mean_loss, mean_replacement_penalties, observe
+from lightning_cpna.report import as_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 USELESS = 1e-3  # of the loss: chosen, as good as nothing beside what a step of training changes
-CONSTANT = 1e-6  # of the largest magnitude: rounding
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,7 @@ class UnitReport:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=100, no_color=True)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
+        return as_text(self.table())
 
 
 def unit_report(
@@ -143,8 +139,8 @@ def unit_report(
                 name=name,
                 activity=seen,
                 penalties=exact,
-                never_active=seen.largest == 0,
-                constant=seen.spread <= CONSTANT * seen.largest,
+                never_active=seen.never_active,
+                constant=seen.constant,
                 useless=worth.abs() < USELESS * abs(total),
             )
         )

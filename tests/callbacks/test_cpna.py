@@ -26,18 +26,7 @@ from lightning_cpna import (
     infer_masks,
     sparsity_of,
 )
-from tests.helpers import Classifier, SinglePrecision, data, tensorboard, trainer, weights
-
-
-class Spy(pl.Callback):
-    """Asks a question after every batch."""
-
-    def __init__(self, ask: Any) -> None:
-        self.ask = ask
-        self.answers: list[Any] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        self.answers.append(self.ask(trainer, pl_module))
+from tests.helpers import Classifier, SinglePrecision, Spy, data, tensorboard, trainer, weights
 
 
 def live(module: nn.Module, name: str) -> int:

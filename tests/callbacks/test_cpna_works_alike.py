@@ -28,7 +28,7 @@ from lightning_cpna import (
     keep_top,
     sparsity_of,
 )
-from tests.helpers import Classifier, OtherClassifier, checkpoint, data, mlp, trainer, weights
+from tests.helpers import Classifier, OtherClassifier, RankSpy, checkpoint, data, mlp, trainer, weights
 
 HIDDEN = Annealing(start=2, end=6)
 INPUT = Geometric(start=8, end=16)
@@ -411,17 +411,6 @@ def test_a_model_built_in_configure_model_is_pruned() -> None:
     model = Late()
     trainer(*two_callbacks()).fit(model, data())
     assert live_counts(model) == {"net.2.weight": 5, "net.0.weight": 9}
-
-
-class RankSpy(pl.Callback):
-    """Writes each rank's masks where the test can read them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        masks = {name: mask.live for name, mask in sparsity_of(pl_module).masks.items()}
-        torch.save((masks, weights(pl_module)), self.folder / f"{trainer.global_rank}.pt")
 
 
 @pytest.mark.parametrize("score", ["path", "random", "gradient"])

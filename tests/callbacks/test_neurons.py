@@ -28,23 +28,12 @@ from lightning_cpna import (
     trace,
 )
 from lightning_cpna.callbacks import NeuronPruning
-from tests.helpers import Classifier, OtherClassifier, checkpoint, data, mlp, trainer, weights
+from tests.helpers import Classifier, OtherClassifier, RankSpy, Spy, checkpoint, data, mlp, trainer, weights
 
 KINDS = [
     "norm", "path", "in_degree", "out_degree", "activation", "gradient", "mean_replacement", "penalty",
     "frame_potential", "raw_frame_potential", "inner_product", "random",
 ]  # fmt: skip
-
-
-class Spy(pl.Callback):
-    """Asks a question after every batch, before or after the pruning callback."""
-
-    def __init__(self, ask: Any) -> None:
-        self.ask = ask
-        self.answers: list[Any] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        self.answers.append(self.ask(trainer, pl_module))
 
 
 def deep() -> nn.Sequential:
@@ -253,17 +242,6 @@ def test_the_trainers_of_both_packages_take_it() -> None:
     callback = NeuronPruning({"net.0.weight": 4}, schedule=Cubic(0, 9))
     trainer(callback, package=lightning.pytorch).fit(model, data())
     assert units(model) == 4
-
-
-class RankSpy(pl.Callback):
-    """Writes each rank's masks and weights where the test can read them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        masks = {name: mask.live for name, mask in sparsity_of(pl_module).masks.items()}
-        torch.save((masks, weights(pl_module)), self.folder / f"{trainer.global_rank}.pt")
 
 
 def test_two_processes_remove_the_same_units_and_add_the_same_means(tmp_path: Path) -> None:
