@@ -83,26 +83,31 @@ class Graph(Mapping[str, Layer]):
         return Graph(layers)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the graph as CPU tensors and Python primitives."""
+        """Return the graph as CPU tensors and Python primitives, without the axes."""
         layers = []
         for layer in self.values():
             fields = dict(vars(layer))
-            fields |= {"axes": dataclasses.asdict(layer.axes), "units": [layer.units.start, layer.units.stop]}
-            layers.append({**fields, "sources": layer.sources.cpu(), "obstacles": list(layer.obstacles)})
+            fields |= {"units": [layer.units.start, layer.units.stop], "sources": layer.sources.cpu()}
+            del fields["axes"]
+            layers.append({**fields, "obstacles": list(layer.obstacles)})
         return {"layers": layers}
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> Graph:
+    def from_state_dict(cls, state: Mapping[str, Any], axes: Mapping[str, Axes]) -> Graph:
         """Build the graph that ``state_dict`` describes.
+
+        Args:
+            state: What ``state_dict`` returned.
+            axes: The axes of the weights, by name.
 
         Example:
             >>> layer = Layer("w", None, Axes(), range(2), torch.tensor([-1, -1, -1]), is_output=True)
-            >>> Graph.from_state_dict(Graph([layer]).state_dict())["w"].units
+            >>> Graph.from_state_dict(Graph([layer]).state_dict(), {"w": Axes()})["w"].units
             range(0, 2)
         """
         return cls(
             [
-                Layer(**{**layer, "axes": Axes(**layer["axes"]), "units": range(*layer["units"])})
+                Layer(**{**layer, "axes": axes[layer["weight"]], "units": range(*layer["units"])})
                 for layer in state["layers"]
             ]
         )
@@ -171,29 +176,27 @@ class Graph(Mapping[str, Layer]):
 
     def incoming_norm(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the norm of each unit's weights (bias left out), ``(member, unit)``, in float32 or better."""
-        w = _wide(self[name].axes.view(tensors[name]))  # (member, unit, input, *kernel)
-        norms: Tensor = torch.linalg.vector_norm(w.flatten(2), dim=2)
-        return norms
+        return self[name].axes.norm_of_units(_wide(tensors[name]))
 
     def outgoing_norm(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the norm of the weights that each unit feeds, ``(member, unit)``; reaching the output counts as 1."""
         layer = self[name]
         squares = []
         for consumer in self.fed_by(name):
-            v = _wide(consumer.axes.view(tensors[consumer.weight]))  # (member, unit, input, *kernel)
-            per_input = v.square().sum([1, *range(3, v.ndim)])  # (member, input)
+            per_input = consumer.axes.sum_of_inputs(_wide(tensors[consumer.weight]).square())  # (member, input)
             squares.append(self.at_units(per_input, consumer.weight, name))
         if layer.is_output or not squares:
-            w = layer.axes.view(tensors[name])
-            own = torch.full(w.shape[:2], float(layer.is_output), dtype=_wide_type(w), device=w.device)
-            squares.append(own)
+            w = tensors[name]
+            shape = (layer.axes.n_members(w), layer.axes.n_units(w))
+            squares.append(torch.full(shape, float(layer.is_output), dtype=_wide_type(w), device=w.device))
         return functools.reduce(torch.add, squares).sqrt()
 
     def feeding_norm(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return for each input of a layer the norm of the unit that feeds it, ``(member, input)``; 1 where none does."""
         layer = self[name]
-        w = layer.axes.view(tensors[name])
-        norms = torch.ones(w.shape[0], w.shape[2], dtype=_wide_type(w), device=w.device)
+        w = tensors[name]
+        shape = (layer.axes.n_members(w), layer.axes.n_inputs(w))
+        norms = torch.ones(shape, dtype=_wide_type(w), device=w.device)
         for producer in self.feeding(name):
             norms *= self.at_inputs(self.incoming_norm(producer.weight, tensors), name, producer.weight, default=1.0)
         return norms

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cpna.cells import cells_of, count_true, fill_cells_, pack, pick, unpack
-from lightning_cpna.targets import resolve
+from lightning_cpna.targets import Axes, ListedAxes, resolve
 
 STATE_VERSION = 1
 
@@ -188,11 +188,110 @@ class Mask:
             self._bits = self.dead.to(tensor.device, integer).sub_(1)
         tensor.view(integer).bitwise_and_(self._bits)  # masking bits is ten times faster than masked_fill_ on the CPU
 
+    def move_(self, dying: Tensor, born: Tensor) -> None:
+        """Let some live connections rest and others live in their place: cells of the flattened parameter, int64."""
+        fill_cells_(self.dead, dying, True)
+        fill_cells_(self.dead, born, False)
+        self.n_live += len(born) - len(dying)
+        self._bits = self._live_cells = None
+        self.version += 1
+
+    def closed_units(self, axes: Axes) -> Tensor:
+        """Tell which units have nothing that lives or may ever live, bool ``(member, unit)``."""
+        return axes.sum_of_units(~self.removed) == 0
+
+    def closed_inputs(self, axes: Axes) -> Tensor:
+        """Tell which inputs have nothing that lives or may ever live, bool ``(member, input)``."""
+        return axes.sum_of_inputs(~self.removed) == 0
+
     def to_(self, device: torch.device) -> None:
         """Move the mask to a device, if it is elsewhere."""
         if self.dead.device != device:
             self.dead, self.removed = self.dead.to(device), self.removed.to(device)
             self._bits = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the mask as packed CPU tensors and Python primitives."""
+        return {"shape": list(self.dead.shape), "dead": pack(self.dead), "removed": pack(self.removed)}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Mask:
+        """Build the mask that ``state_dict`` describes."""
+        if "closed" in state:
+            return ListMask.from_state_dict(state)
+        return cls(unpack(state["dead"], state["shape"]), unpack(state["removed"], state["shape"]))
+
+
+class ListMask(Mask):
+    """The mask of a weight that is a list of its connections: what is not in the list does not live.
+
+    A connection of the list that dies is dropped from it as soon as that is possible. So what is removed for good is kept
+    beside it: it must not come back.
+
+    Attributes:
+        units: The units that are removed for good, bool ``(unit,)``.
+        inputs: The inputs that are, bool ``(input,)``.
+        cells: The single connections that are, ``unit * n_inputs + input``, ascending, int64.
+    """
+
+    def __init__(self, n: int, units: Tensor, inputs: Tensor, cells: Tensor) -> None:
+        dead = torch.zeros(n, dtype=torch.bool, device=units.device)
+        super().__init__(dead, dead.clone())
+        self.units, self.inputs, self.cells = units, inputs, cells
+
+    @classmethod
+    def of(cls, parameter: Tensor, axes: ListedAxes) -> ListMask:
+        """Return a mask in which everything lives."""
+        units = torch.zeros(axes.layer.out_features, dtype=torch.bool, device=parameter.device)
+        inputs = torch.zeros(axes.layer.in_features, dtype=torch.bool, device=parameter.device)
+        return cls(len(parameter), units, inputs, torch.zeros(0, dtype=torch.int64, device=parameter.device))
+
+    def close_(self, units: Tensor | None = None, inputs: Tensor | None = None) -> None:
+        """Remember that some units or inputs, bool ``(group,)``, are removed for good."""
+        if units is not None:
+            self.units |= units
+        if inputs is not None:
+            self.inputs |= inputs
+        self.version += 1
+
+    def drop_(self, axes: ListedAxes) -> None:
+        """Take what is dead out of the mask, before it is dropped from the list, and remember what was removed."""
+        gone = cells_of(self.removed)
+        gone = gone[~(self.units[axes.units_of(gone, gone)] | self.inputs[axes.inputs_of(gone, gone)])]
+        if len(gone):
+            self.cells = torch.unique(torch.cat([self.cells, axes.layer.cells[gone]]))
+        self.dead = self.dead.new_zeros(self.n_live)
+        self.removed = self.dead.clone()
+        self._bits = self._live_cells = None
+        self.version += 1
+
+    def closed_units(self, axes: Axes) -> Tensor:
+        """See the base."""
+        return self.units[None]
+
+    def closed_inputs(self, axes: Axes) -> Tensor:
+        """See the base."""
+        return self.inputs[None]
+
+    def to_(self, device: torch.device) -> None:
+        """See the base."""
+        super().to_(device)
+        self.units, self.inputs, self.cells = self.units.to(device), self.inputs.to(device), self.cells.to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See the base."""
+        closed = {"units": pack(self.units), "inputs": pack(self.inputs), "cells": self.cells.cpu()}
+        sizes = {"n_units": len(self.units), "n_inputs": len(self.inputs)}
+        return {**super().state_dict(), "closed": closed | sizes}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> ListMask:
+        """See the base."""
+        closed = state["closed"]
+        units, inputs = unpack(closed["units"], [closed["n_units"]]), unpack(closed["inputs"], [closed["n_inputs"]])
+        mask = cls(state["shape"][0], units, inputs, closed["cells"])
+        mask.remove_(unpack(state["removed"], state["shape"]))
+        return mask
 
 
 @dataclass
@@ -273,15 +372,23 @@ class Masks(Mapping[str, Mask]):
     def __len__(self) -> int:
         return len(self._masks)
 
-    def add(self, name: str, parameter: Tensor) -> None:
+    def add(self, name: str, parameter: Tensor, axes: Axes | None = None) -> None:
         """Give a parameter a mask in which everything lives; one that it has already stays, on the parameter's device.
+
+        Args:
+            name: Its canonical name.
+            parameter: The parameter.
+            axes: Its axes; needed where it is a list of connections.
 
         Raises:
             ValueError: If the mask that is there has another shape than the parameter.
         """
         if name not in self._masks:
-            dead = torch.zeros_like(parameter, dtype=torch.bool, requires_grad=False)
-            self._masks[name] = Mask(dead, dead.clone())
+            if isinstance(axes, ListedAxes):
+                self._masks[name] = ListMask.of(parameter, axes)
+            else:
+                dead = torch.zeros_like(parameter, dtype=torch.bool, requires_grad=False)
+                self._masks[name] = Mask(dead, dead.clone())
         mask = self._masks[name]
         if mask.dead.shape != parameter.shape:
             raise ValueError(
@@ -313,10 +420,7 @@ class Masks(Mapping[str, Mask]):
         """Return the masks as packed CPU tensors and Python primitives; ``torch.load(weights_only=True)`` reads them."""
         return {
             "version": STATE_VERSION,
-            "masks": {
-                name: {"shape": list(mask.dead.shape), "dead": pack(mask.dead), "removed": pack(mask.removed)}
-                for name, mask in self._masks.items()
-            },
+            "masks": {name: mask.state_dict() for name, mask in self._masks.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -329,10 +433,7 @@ class Masks(Mapping[str, Mask]):
             raise ValueError(
                 f"masks: the state has version {state.get('version')!r}; this release reads {STATE_VERSION}"
             )
-        self._masks = {
-            name: Mask(unpack(entry["dead"], entry["shape"]), unpack(entry["removed"], entry["shape"]))
-            for name, entry in state["masks"].items()
-        }
+        self._masks = {name: Mask.from_state_dict(entry) for name, entry in state["masks"].items()}
 
 
 def infer_masks(module: nn.Module, patterns: list[str]) -> Masks:
@@ -354,6 +455,7 @@ def infer_masks(module: nn.Module, patterns: list[str]) -> Masks:
     masks = Masks()
     for targets in resolve(module, patterns).values():
         for target in targets:
-            masks.add(target.name, target.parameter)
-            masks[target.name].remove_(target.parameter.detach() == 0)
+            masks.add(target.name, target.parameter, target.axes)
+            if not isinstance(target.axes, ListedAxes):  # which says itself what lives
+                masks[target.name].remove_(target.parameter.detach() == 0)
     return masks

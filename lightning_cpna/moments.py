@@ -6,7 +6,7 @@ one by one. So SGD, Adam, AdamW, RMSprop, Adagrad and their kin are served alike
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +58,44 @@ def optimizer_of(optimizers: Iterable[Optimizer], parameter: nn.Parameter) -> Op
     return None
 
 
-def _moments(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+def moments_of(optimizer: Optimizer, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+    """Find the state of a parameter's weights, one number each: name and tensor."""
     for key, value in optimizer.state.get(parameter, {}).items():
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim > 0:
             yield key, value
+
+
+@torch.no_grad()
+def replace_(parameter: nn.Parameter, change: Callable[[Tensor], Tensor], optimizers: Iterable[Optimizer]) -> None:
+    """Give a parameter, its gradient and its moments other tensors, of another shape too; it stays the same object.
+
+    Args:
+        parameter: The parameter.
+        change: From a tensor of the old shape to one of the new.
+        optimizers: Where the moments are.
+
+    Example:
+        >>> w = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+        >>> replace_(w, lambda old: old[1:], [])
+        >>> w
+        Parameter containing:
+        tensor([2., 3.], requires_grad=True)
+    """
+    gradient = None if parameter.grad is None else change(parameter.grad)
+    for optimizer in optimizers:
+        for key, value in list(moments_of(optimizer, parameter)):
+            optimizer.state[parameter][key] = change(value)
+    set_tensor_(parameter, change(parameter.data), gradient)
+
+
+def set_tensor_(parameter: nn.Parameter, data: Tensor, gradient: Tensor | None) -> None:
+    """Give a parameter a tensor of another shape, and its gradient."""
+    other = torch.float32 if parameter.dtype != torch.float32 else torch.float64
+    parameter.grad = None
+    # A graph that is still alive somewhere keeps the node that adds up gradients of the old shape; another type renews it.
+    parameter.data = torch.empty(0, dtype=other, device=parameter.device)
+    parameter.data = data
+    parameter.grad = gradient
 
 
 @torch.no_grad()
@@ -76,14 +110,14 @@ def zero_moments_(optimizer: Optimizer, parameter: nn.Parameter, cells: Tensor) 
         >>> optimizer.state[w]["momentum_buffer"]
         tensor([0., 1.])
     """
-    for _, value in _moments(optimizer, parameter):
+    for _, value in moments_of(optimizer, parameter):
         fill_cells_(value, cells, 0)
 
 
 @torch.no_grad()
 def reset_moments_(optimizer: Optimizer, parameter: nn.Parameter) -> None:
     """Set the optimizer's state of all weights of a parameter to zero."""
-    for _, value in _moments(optimizer, parameter):
+    for _, value in moments_of(optimizer, parameter):
         value.zero_()
 
 
@@ -103,7 +137,7 @@ def scale_moments_(optimizer: Optimizer, parameter: nn.Parameter, scale: Tensor)
         ValueError: If the optimizer keeps a state whose scaling is not known.
     """
     known = _AS_GRADIENT | _AS_GRADIENT_SQUARED | _AS_WEIGHT | _AS_WEIGHT_SQUARED
-    moments = dict(_moments(optimizer, parameter))
+    moments = dict(moments_of(optimizer, parameter))
     if "square_avg" in moments:  # RMSprop's momentum sums gradients that were divided by their size already
         moments.pop("momentum_buffer", None)
     state = optimizer.state.get(parameter, {})

@@ -123,7 +123,7 @@ def live_units(masks: Masks, graph: Graph | None, targets: Mapping[str, Target],
     A unit lives if it has a live incoming connection and feeds something: the output of the network, or a further layer
     through a live connection. Where the graph does not know what the units feed, the incoming connections decide.
     """
-    incoming = targets[name].axes.view(live_mask(masks, targets[name])).flatten(2).any(2)  # (member, unit)
+    incoming = targets[name].axes.sum_of_units(live_mask(masks, targets[name])) > 0  # (member, unit)
     if graph is None or name not in graph or graph[name].lost or not graph.fed_by(name):
         return incoming
     return incoming & feeds_something(masks, graph, targets, name)
@@ -133,6 +133,23 @@ def feeds_something(masks: Masks, graph: Graph, targets: Mapping[str, Target], n
     """Tell which units of a traced layer have a live outgoing connection or are an output, bool ``(member, unit)``."""
     live = {layer.weight: live_mask(masks, targets[layer.weight]) for layer in graph.fed_by(name)}
     return graph.outgoing_norm(name, {name: targets[name].parameter, **live}) > 0
+
+
+def may_feed(masks: Masks, graph: Graph, targets: Mapping[str, Target], name: str) -> Tensor:
+    """Tell which units of a traced layer feed something, or may again: what only does not live may be regrown.
+
+    Returns:
+        Bool ``(member, unit)``.
+    """
+    feeds = torch.full((1, 1), graph[name].is_output, device=targets[name].parameter.device)
+    for reader in graph.fed_by(name):
+        axes, parameter = reader.axes, targets[reader.weight].parameter
+        if reader.weight in masks:
+            open_inputs = ~masks[reader.weight].closed_inputs(axes)  # (member, input)
+        else:
+            open_inputs = feeds.new_ones(axes.n_members(parameter), axes.n_inputs(parameter))
+        feeds = feeds | (graph.at_units(open_inputs.long(), reader.weight, name) > 0)
+    return feeds
 
 
 def live_mask(masks: Masks, target: Target) -> Tensor:
@@ -168,16 +185,14 @@ def sparsity_report(
     """
     layers = []
     for name, mask in masks.items():
-        live = targets[name].axes.view(mask.live)  # (member, unit, input, *kernel)
-        n_groups = targets[name].axes.groups
-        groups = torch.stack(live.chunk(n_groups, dim=1), dim=1)  # (member, group, unit, input, *kernel)
-        features = groups.movedim(3, 2).flatten(3).any(3)  # (member, group, input)
+        axes = targets[name].axes
+        features = axes.live_features(mask.live)
         units = live_units(masks, graph, targets, name)
         layers.append(
             LayerReport(
                 name=name,
                 connections=mask.n_live,
-                size=mask.dead.numel(),
+                size=axes.size(mask.dead),
                 target=(wanted or {}).get(name),
                 live_units=int(units.sum()),
                 units=units.numel(),

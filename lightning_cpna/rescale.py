@@ -93,16 +93,14 @@ def rescale_(
         norm.nan_to_num_(1.0, posinf=torch.inf)
         nn.functional.threshold(norm, torch.finfo(norm.dtype).tiny, 1.0, inplace=True)  # 1 where it is not above tiny
         inverse = norm.reciprocal()
-        scales = [(name, layer.axes.view(tensors[name]), 1, inverse)]
+        w = tensors[name]
+        scales = [(name, layer.axes.view(w), layer.axes.along_units(inverse, w))]
         if layer.bias is not None:
-            scales.append((layer.bias, layer.axes.view_bias(tensors[layer.bias]), 1, inverse))
+            scales.append((layer.bias, layer.axes.view_bias(tensors[layer.bias]), inverse))
         for consumer in graph.fed_by(name):
-            view = consumer.axes.view(tensors[consumer.weight])  # (member, unit, input, *kernel)
-            scales.append((consumer.weight, view, 2, graph.at_inputs(norm, consumer.weight, name, default=1.0)))
-        for scaled, view, axis, factor in scales:
-            shape = [1] * view.ndim
-            shape[0], shape[axis] = factor.shape
-            factor = factor.view(shape)
+            v, read = tensors[consumer.weight], graph.at_inputs(norm, consumer.weight, name, default=1.0)
+            scales.append((consumer.weight, consumer.axes.view(v), consumer.axes.along_inputs(read, v)))
+        for scaled, view, factor in scales:
             view.mul_(factor)
             if moments != "keep":
                 _follow(tensors[scaled], graph, scaled, factor.expand(view.shape), optimizers, moments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -103,8 +102,9 @@ class ScoreInputs:
         graph: The traced layers, or None if the module could not be traced.
         generator: A seeded CPU generator for scores that draw.
         kept: What is left of the parameter, if it was made smaller.
-        cells: Which connections a ``Score`` is asked for, as cells of the flattened parameter, whose axes must be
-            ``(unit, input, *kernel)``; None, and always so for a function, is all.
+        cells: Which connections a score is asked for, as cells of the flattened parameter, whose axes must be
+            ``(unit, input, *kernel)``; None is all. A function is always asked for all, of a ``SparseLinear`` for all that
+            it stores.
     """
 
     target: Target
@@ -159,26 +159,22 @@ class ScoreInputs:
     def along_units(self, values: Tensor) -> Tensor:
         """Lay values of the units, ``(member, unit)``, along the connections, so that they broadcast to ``weight``."""
         if self.cells is None:
-            return _along(values, 1, self.target)
-        shape = self.target.parameter.shape
-        return values[0].index_select(0, self.cells // math.prod(shape[1:]))
+            return self.target.axes.along_units(values, self.target.parameter)
+        return values[0].index_select(0, self.target.axes.units_of(self.cells, self.target.parameter))
 
     def along_inputs(self, values: Tensor) -> Tensor:
         """Lay values of the inputs, ``(member, input)``, along the connections, so that they broadcast to ``weight``."""
         if self.cells is None:
-            return _along(values, 2, self.target)
-        return values[0].index_select(0, self._inputs_of(self.cells))
+            return self.target.axes.along_inputs(values, self.target.parameter)
+        return values[0].index_select(0, self.target.axes.inputs_of(self.cells, self.target.parameter))
 
     def sum_of_inputs(self, values: Tensor) -> Tensor:
         """Sum values of the connections, in the shape of ``weight``, over those of each input: ``(member, input)``."""
         if self.cells is None:
             return values.sum([1, *range(3, values.ndim)])
-        sums = values.new_zeros(1, self.target.parameter.shape[1])
-        return sums.index_add_(1, self._inputs_of(self.cells), values[None])
-
-    def _inputs_of(self, cells: Tensor) -> Tensor:
-        shape = self.target.parameter.shape
-        return cells // math.prod(shape[2:]) % shape[1]
+        axes, parameter = self.target.axes, self.target.parameter
+        sums = values.new_zeros(1, axes.n_inputs(parameter))
+        return sums.index_add_(1, axes.inputs_of(self.cells, parameter), values[None])
 
     def traced(self, kind: str) -> Graph:
         """Return the graph, which knows what a kind of score must know."""
@@ -197,46 +193,3 @@ _WAY_OUT = "use score='magnitude' with normalize=False, which need no neighbours
 
 
 ScoreFunction = Callable[[ScoreInputs], Tensor]
-
-
-def any_in_group(live: Tensor, granularity: Granularity) -> Tensor:
-    """Tell which groups of connections have a live one, from bool ``(member, unit, input, *kernel)``."""
-    if granularity == "connection":
-        return live
-    return (live.movedim(2, 1) if granularity == "feature" else live).flatten(2).any(2)
-
-
-def _along(vector: Tensor, axis: int, target: Target) -> Tensor:
-    """Shape ``(member, n)`` so that it broadcasts along an axis of ``(member, unit, input, *kernel)``."""
-    shape = [1] * target.axes.view(target.parameter).ndim
-    shape[0], shape[axis] = vector.shape
-    return vector.view(shape)
-
-
-def group_norm(scores: Tensor, granularity: Granularity) -> Tensor:
-    """Turn scores of connections into scores of groups, by the norm of their members.
-
-    Args:
-        scores: ``(member, unit, input, *kernel)``.
-        granularity: ``"feature"`` groups by input, ``"unit"`` by unit; ``"connection"`` leaves the scores as they are.
-
-    Returns:
-        ``(member, input)``, ``(member, unit)`` or the shape of ``scores``.
-
-    Example:
-        >>> group_norm(torch.tensor([[[3.0, 0.0], [4.0, 1.0]]]), "feature")
-        tensor([[5., 1.]])
-    """
-    if granularity == "connection":
-        return scores
-    kept = 2 if granularity == "feature" else 1
-    return scores.square().sum([axis for axis in range(1, scores.ndim) if axis != kept]).sqrt()
-
-
-def ungroup(keep: Tensor, granularity: Granularity, like: Tensor) -> Tensor:
-    """Spread what ``group_norm`` grouped back to connections, in the shape of ``like`` ``(member, unit, input, *kernel)``."""
-    if granularity == "connection":
-        return keep.view(like.shape)
-    shape = [1] * like.ndim
-    shape[0], shape[2 if granularity == "feature" else 1] = keep.shape
-    return keep.view(shape).expand(like.shape)

@@ -14,9 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from lightning_cpna.graph import Graph
 from lightning_cpna.layers import change_input, layers_of, n_kernel_axes
 from lightning_cpna.masks import Kept, Mask
-from lightning_cpna.moments import is_elementwise
+from lightning_cpna.moments import is_elementwise, replace_, set_tensor_
 from lightning_cpna.replay import float64_copy, replay, why_not
-from lightning_cpna.report import feeds_something, live_mask
+from lightning_cpna.report import may_feed
 from lightning_cpna.sparsity import Sparsity
 from lightning_cpna.surgery import all_but_one, set_widths
 
@@ -132,8 +132,10 @@ class Shrinking:
             if name in self._refused or graph[name].axes.groups > 1:
                 continue
             target = sparsity.targets[name]
-            incoming = target.axes.view(live_mask(sparsity.masks, target)).flatten(2).any(2)  # (1, unit)
-            alive = (incoming | feeds_something(sparsity.masks, graph, sparsity.targets, name))[0].cpu()
+            alive = may_feed(sparsity.masks, graph, sparsity.targets, name)[0]
+            if name in sparsity.masks:
+                alive = alive | ~sparsity.masks[name].closed_units(target.axes)[0]
+            alive = alive.cpu()
             dead = all_but_one(~alive)
             if bool(dead.any()):
                 left[name] = (~dead).nonzero().flatten()
@@ -146,8 +148,8 @@ class Shrinking:
             is_known = name in self._layers and layer.unknown_source is None and layer.axes.groups == 1
             if not is_known or name in self._refused or name not in sparsity.masks:
                 continue
-            live = layer.axes.view(sparsity.masks[name].live)  # (1, unit, input, *kernel)
-            unread = all_but_one(~live.transpose(1, 2).flatten(2).any(2)[0].cpu() & (layer.sources.cpu() < 0))
+            closed = sparsity.masks[name].closed_inputs(layer.axes)[0].cpu()
+            unread = all_but_one(closed & (layer.sources.cpu() < 0))
             if bool(unread.any()):
                 found[name] = unread
         return found
@@ -195,21 +197,10 @@ class Shrinking:
         parameter = sparsity.tensors[name]
         change = Kept.all_of(parameter).cut(rows, columns)
         sparsity.kept[name] = sparsity.kept.get(name, Kept.all_of(parameter)).cut(rows, columns)
-        self._replace(name, change.select)
+        replace_(parameter, change.select, self._optimizers)
         if name in sparsity.masks:
             mask = sparsity.masks[name]
             sparsity.masks.replace({name: Mask(change.select(mask.dead), change.select(mask.removed))})
-
-    def _replace(self, name: str, change: Callable[[Tensor], Tensor]) -> None:
-        """Change a parameter's tensor, its gradient and its moments."""
-        parameter = self._sparsity.tensors[name]
-        shape = parameter.shape
-        gradient = None if parameter.grad is None else change(parameter.grad)
-        for optimizer in self._optimizers:
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor) and value.shape == shape and value.ndim > 0:
-                    optimizer.state[parameter][key] = change(value)
-        _set(parameter, change(parameter.data), gradient)
 
     def _select_inputs(self, name: str, arriving: Tensor, left: Tensor) -> None:
         """Let a layer take, of what arrives (bool, of its inputs until now), only the inputs that are left."""
@@ -240,7 +231,7 @@ class Shrinking:
 
         def undo() -> None:
             for name, (data, gradient) in tensors.items():
-                _set(sparsity.tensors[name], data, gradient)
+                set_tensor_(sparsity.tensors[name], data, gradient)
             for optimizer, state in states:
                 for owner, values in state.items():
                     optimizer.state[owner].update(values)
@@ -265,7 +256,7 @@ class Shrinking:
         """Give all tensors their full shapes again, with zeros where something was cut."""
         sparsity = self._sparsity
         for name, kept in sparsity.kept.items():
-            self._replace(name, kept.expand)
+            replace_(sparsity.tensors[name], kept.expand, self._optimizers)
         sparsity.masks.replace(sparsity.masks.full(sparsity.kept))
         sparsity.kept.clear()
         if sparsity.full_graph is not None:
@@ -342,16 +333,6 @@ def is_shrunk(module: nn.Module) -> bool:
     """Tell whether a module is being made smaller while it trains."""
     hooks = (hook for part in module.modules() for hook in part._state_dict_hooks.values())
     return any(isinstance(getattr(hook, "__self__", None), _FullFiles) for hook in hooks)
-
-
-def _set(parameter: nn.Parameter, data: Tensor, gradient: Tensor | None) -> None:
-    """Give a parameter a tensor of another shape."""
-    other = torch.float32 if parameter.dtype != torch.float32 else torch.float64
-    parameter.grad = None
-    # A graph that is still alive somewhere keeps the node that adds up gradients of the old shape; another type renews it.
-    parameter.data = torch.empty(0, dtype=other, device=parameter.device)
-    parameter.data = data
-    parameter.grad = gradient
 
 
 def _bias(name: str) -> str:

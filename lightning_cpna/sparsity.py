@@ -14,12 +14,12 @@ from torch.optim import Optimizer
 
 from lightning_cpna.cells import cells_of, fill_cells_
 from lightning_cpna.graph import Graph
-from lightning_cpna.masks import Kept, Mask, Masks, keep_top_rows
+from lightning_cpna.masks import Kept, ListMask, Mask, Masks, keep_top_rows
 from lightning_cpna.moments import optimizer_of, zero_moments_
 from lightning_cpna.replay import Calls
-from lightning_cpna.report import SparsityReport, feeds_something, live_mask, sparsity_report
-from lightning_cpna.scores import Granularity, Score, ScoreFunction, ScoreInputs, any_in_group, group_norm, ungroup
-from lightning_cpna.targets import Target, all_targets, n_keep, resolve
+from lightning_cpna.report import SparsityReport, may_feed, sparsity_report
+from lightning_cpna.scores import Granularity, Score, ScoreFunction, ScoreInputs
+from lightning_cpna.targets import Axes, ListedAxes, Target, all_targets, n_keep, resolve
 
 Scope = Literal["layer", "shared"]
 
@@ -57,6 +57,7 @@ class Sparsity:
         budgets: Every budget that somebody works towards.
         kept: What is left of parameters that were made smaller (by ``Shrinking``): masks and graph are then as small.
         full_graph: The graph as it was before, while parameters are smaller.
+        drops: Whether a ``SparseLinear`` drops dead connections at once; if not, it keeps them as zeros.
 
     Example:
         >>> from lightning_cpna import Score, trace
@@ -79,6 +80,7 @@ class Sparsity:
         self.budgets: list[Budget] = []
         self.kept: dict[str, Kept] = {}
         self.full_graph: Graph | None = None
+        self.drops = True
         # The counts, and the mask and its version of which they are the counts.
         self._known: dict[tuple[str, Granularity], tuple[tuple[Mask, int], list[int]]] = {}
         self.find_targets(module)
@@ -96,7 +98,11 @@ class Sparsity:
                 raise ValueError(
                     f"there is a mask for {name!r}, but no such parameter: it belongs to another architecture"
                 )
-            self.masks.add(name, self.targets[name].parameter)
+            self._add_mask(name)
+
+    def _add_mask(self, name: str) -> None:
+        target = self.targets[name]
+        self.masks.add(name, target.parameter, target.axes)
 
     def add_budgets(
         self,
@@ -126,7 +132,7 @@ class Sparsity:
                         f"granularity='feature': {target.name!r} is grouped, so that a column of it is several features; "
                         "allowed are layers without groups, or another granularity"
                     )
-                self.masks.add(target.name, target.parameter)
+                self.masks.add(target.name, target.parameter, target.axes)
             names = [target.name for target in targets]
             for label, members in [(pattern, names)] if scope == "shared" else [(name, [name]) for name in names]:
                 total = sum(_size(self.targets[name], granularity) for name in members)
@@ -155,7 +161,7 @@ class Sparsity:
 
     def n_units(self, name: str) -> int:
         """Count the units of a parameter that are not removed."""
-        self.masks.add(name, self.targets[name].parameter)
+        self._add_mask(name)
         return max(self._counts_of(name, "unit", None))
 
     def _counts(self, budget: Budget, without: tuple[str, Tensor] | None = None) -> list[int]:
@@ -168,13 +174,13 @@ class Sparsity:
 
     def _counts_of(self, name: str, granularity: Granularity, without: Tensor | None) -> list[int]:
         mask, axes = self.masks[name], self.targets[name].axes
-        if without is not None:
-            return _count_groups(axes.view(_there(mask, granularity) & ~without), granularity)
+        if without is not None and not (granularity != "connection" and isinstance(mask, ListMask)):
+            return _count_groups(Mask(mask.dead | without, mask.removed | without), axes, granularity)
         if granularity == "connection" and axes.member is None:
             return [mask.n_live]
         key, made = (name, granularity), (mask, mask.version)
         if key not in self._known or self._known[key][0] != made:
-            self._known[key] = (made, _count_groups(axes.view(_there(mask, granularity)), granularity))
+            self._known[key] = (made, _count_groups(mask, axes, granularity))
         return self._known[key][1]
 
     @torch.no_grad()
@@ -241,7 +247,7 @@ class Sparsity:
         candidates = []
         for name in budget.names:
             self.with_removable_units(name)
-            gone = self.targets[name].axes.view(self.masks[name].removed).flatten(2).all(2)  # (member, unit)
+            gone = self.masks[name].closed_units(self.targets[name].axes)  # (member, unit)
             if scores[name].shape[-1:] != gone.shape[1:]:
                 raise ValueError(
                     f"scores: that of {name!r} has shape {tuple(scores[name].shape)}; allowed is one number a unit, "
@@ -285,20 +291,26 @@ class Sparsity:
         self, name: str, granularity: Granularity, score: ScoreFunction, generator: torch.Generator
     ) -> Tensor:
         """Score what may go, ``(member, candidate)``; ``-inf`` marks what went before."""
-        target = self.targets[name]
-        self.masks.add(name, target.parameter)
+        target, axes = self.targets[name], self.targets[name].axes
+        self._add_mask(name)
         mask, is_listed = self.masks[name], self._is_listed(name, granularity)
         if is_listed and isinstance(score, Score):
             return score(ScoreInputs(target, self.tensors, self.graph, generator, cells=mask.live_cells))[None]
-        scores = score(ScoreInputs(target, self.tensors, self.graph, generator, kept=self.kept.get(name)))
-        dead = target.axes.view(mask.dead)  # (member, unit, input, *kernel)
+        cells = torch.arange(len(mask.dead), device=mask.dead.device) if isinstance(mask, ListMask) else None
+        scores = score(ScoreInputs(target, self.tensors, self.graph, generator, self.kept.get(name), cells))
+        dead = axes.view(mask.dead)  # (member, unit, input, *kernel)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).expand(dead.shape)
         if not isinstance(score, Score):  # a function may answer -inf, which must not mean that a connection is dead
             scores = scores.clamp(min=torch.finfo(scores.dtype).min)
         if is_listed:
             return scores.reshape(1, -1).index_select(1, mask.live_cells)
-        empty = ~any_in_group(target.axes.view(_there(mask, granularity)), granularity)
-        return group_norm(scores.masked_fill(dead, 0.0), granularity).masked_fill(empty, -torch.inf).flatten(1)
+        if granularity == "connection":
+            return scores.masked_fill(dead, -torch.inf).flatten(1)
+        squares = torch.empty_like(mask.dead, dtype=scores.dtype)
+        axes.view(squares).copy_(scores.masked_fill(dead, 0.0).square())
+        if granularity == "unit":
+            return axes.sum_of_units(squares).sqrt().masked_fill(mask.closed_units(axes), -torch.inf)
+        return axes.sum_of_inputs(squares).sqrt().masked_fill(mask.closed_inputs(axes), -torch.inf)
 
     def _keep_every_layer(self, budget: Budget, scores: list[Tensor], n: int) -> tuple[Tensor, float]:
         """Keep the ``n`` best, but of every layer at least the best one: no layer of a shared budget collapses."""
@@ -332,14 +344,28 @@ class Sparsity:
         means: Mapping[str, Tensor] | None,
     ) -> None:
         """Remove groups of connections, bool ``(member, group)``."""
-        where = torch.empty_like(self.masks[name].dead)
-        view = self.targets[name].axes.view(where)  # (member, unit, input, *kernel)
-        view.copy_(ungroup(gone, granularity, view))
         if granularity == "unit":
             if means is not None:
                 self.propagate_means_(name, gone, means)
             self._remove_outgoing_(name, gone, optimizers)
-        self.remove_(name, where, optimizers)
+        self._close_(name, gone, granularity, optimizers)
+
+    def _close_(self, name: str, gone: Tensor, granularity: Granularity, optimizers: Iterable[Optimizer]) -> None:
+        """Remove all that some connections, units or inputs (bool, ``(member, group)``) have or may ever have."""
+        self._add_mask(name)
+        if isinstance(mask := self.masks[name], ListMask):
+            mask.close_(**{"unit": {"units": gone[0]}, "feature": {"inputs": gone[0]}}.get(granularity, {}))
+        self.remove_(name, self._spread(name, gone, granularity), optimizers)
+
+    def _spread(self, name: str, groups: Tensor, granularity: Granularity) -> Tensor:
+        """Lay what is known of groups, bool ``(member, group)``, along the connections: bool of the parameter's shape."""
+        where, axes = torch.empty_like(self.masks[name].dead), self.targets[name].axes
+        view = axes.view(where)  # (member, unit, input, *kernel)
+        if granularity == "connection":
+            view.copy_(groups.view(view.shape))
+        else:
+            view.copy_((axes.along_units if granularity == "unit" else axes.along_inputs)(groups, where))
+        return where
 
     def with_removable_units(self, name: str) -> Graph:
         """Return the graph, which knows everything that the units of a parameter feed.
@@ -382,10 +408,12 @@ class Sparsity:
         graph = self.with_removable_units(name)
         shifts = []
         for consumer in graph.fed_by(name):
-            w = consumer.axes.view(self.tensors[consumer.weight])  # (member, unit, input, *kernel)
+            w, axes = self.tensors[consumer.weight], consumer.axes
             read = graph.at_inputs(units, consumer.weight, name, default=False)  # (member, input)
-            given = w.flatten(3).sum(3) if w.ndim > 3 else w  # (member, unit, input)
-            shift = torch.einsum("mui,mi->mu", given, torch.where(read, means[consumer.weight].to(given), 0.0))
+            given = torch.empty_like(w)
+            mean = torch.where(read, means[consumer.weight].to(w), 0.0)
+            axes.view(given).copy_(axes.view(w) * axes.along_inputs(mean, w))
+            shift = axes.sum_of_units(given)  # (member, unit)
             if consumer.bias is not None:
                 shifts.append((consumer, consumer.bias, shift))
             elif bool(shift.any()):
@@ -402,10 +430,8 @@ class Sparsity:
         """Remove the connections that some units (bool, ``(member, unit)``) feed."""
         graph = self.with_removable_units(name)
         for consumer in graph.fed_by(name):
-            where = torch.empty_like(self.tensors[consumer.weight], dtype=torch.bool)
-            view = consumer.axes.view(where)  # (member, unit, input, *kernel)
-            view.copy_(ungroup(graph.at_inputs(units, consumer.weight, name, default=False), "feature", view))
-            self.remove_(consumer.weight, where, optimizers)
+            read = graph.at_inputs(units, consumer.weight, name, default=False)  # (member, input)
+            self._close_(consumer.weight, read, "feature", optimizers)
 
     @torch.no_grad()
     def remove_(self, name: str, where: Tensor, optimizers: Iterable[Optimizer] = ()) -> None:
@@ -416,13 +442,20 @@ class Sparsity:
             where: Which connections, bool of the parameter's shape (or one that expands to it).
             optimizers: Whose moments of them are set to zero.
         """
-        self.masks.add(name, self.targets[name].parameter)
+        self._add_mask(name)
         cells = cells_of(where.expand(self.masks[name].dead.shape))
         self.masks[name].remove_cells_(cells)
         self._zero_(name, cells, optimizers)
 
     def _zero_(self, name: str, cells: Tensor, optimizers: Iterable[Optimizer]) -> None:
-        parameter = self.targets[name].parameter
+        """Set dead connections to zero, or drop them from a list of connections."""
+        parameter, mask = self.targets[name].parameter, self.masks[name]
+        if isinstance(axes := self.targets[name].axes, ListedAxes) and isinstance(mask, ListMask) and self.drops:
+            if len(cells):
+                dead = mask.dead
+                mask.drop_(axes)
+                axes.layer.drop_(dead, optimizers)
+            return
         fill_cells_(parameter, cells, 0)
         if parameter.grad is not None:
             fill_cells_(parameter.grad, cells, 0)
@@ -436,17 +469,14 @@ class Sparsity:
         for name in reversed(list(graph)):
             if graph[name].lost or graph[name].is_output or not graph.fed_by(name):
                 continue
-            dead = ~feeds_something(self.masks, graph, self.targets, name)  # (member, unit)
+            dead = ~may_feed(self.masks, graph, self.targets, name)  # (member, unit)
             if not bool(dead.any()):
                 continue
-            live = live_mask(self.masks, self.targets[name])
-            where = torch.empty_like(live)
-            view = self.targets[name].axes.view(where)
-            view.copy_(ungroup(dead, "unit", view))
-            where &= live
+            self._add_mask(name)
+            where = self._spread(name, dead, "unit") & self.masks[name].live
             budgets = [budget for budget in self.budgets if name in budget.names]
             if bool(where.any()) and all(min(self._counts(b, (name, where))) >= b.n_end for b in budgets):
-                self.remove_(name, where, optimizers)
+                self._close_(name, dead, "unit", optimizers)
 
     def mask_gradients_(self) -> None:
         """Set the gradients of connections that do not live to zero, in place; call it before each optimizer step."""
@@ -457,32 +487,35 @@ class Sparsity:
 
     def report(self) -> SparsityReport:
         """Count what is alive in every masked parameter, in its full shape."""
-        for name, mask in self.masks.items():
-            mask.to_(self.tensors[name].device)
+        for name in self.masks:
+            self.masks[name].to_(self.tensors[name].device)
         own = [b for b in self.budgets if len(b.names) == 1 and b.granularity == "connection"]
         wanted = {budget.names[0]: budget.n_end for budget in own}
         return sparsity_report(self.masks.full(self.kept), self.targets, self.full_graph or self.graph, wanted)
 
     def size(self, name: str) -> int:
         """Return the number of a parameter's connections, in its full shape."""
-        return self.kept[name].shape.numel() if name in self.kept else self.tensors[name].numel()
+        if name in self.kept:
+            return self.kept[name].shape.numel()
+        return self.targets[name].axes.size(self.tensors[name])
 
 
-def _there(mask: Mask, granularity: Granularity) -> Tensor:
-    """Mark what counts: a connection while it lives, one of a feature or unit while it is not removed for good."""
-    return mask.live if granularity == "connection" else ~mask.removed
-
-
-def _count_groups(live: Tensor, granularity: Granularity) -> list[int]:
-    """Count the live groups of each member, from bool ``(member, unit, input, *kernel)``."""
-    counts: list[int] = any_in_group(live, granularity).flatten(1).sum(1).tolist()
+def _count_groups(mask: Mask, axes: Axes, granularity: Granularity) -> list[int]:
+    """Count in each member the connections that live, or the features or units that are not removed for good."""
+    if granularity == "connection":
+        there = axes.view(mask.live).flatten(1)
+    else:
+        there = ~(mask.closed_units(axes) if granularity == "unit" else mask.closed_inputs(axes))
+    counts: list[int] = there.sum(1).tolist()
     return counts
 
 
 def _size(target: Target, granularity: Granularity) -> int:
-    """Count the groups of one member of a parameter, live or not."""
-    view = target.axes.view(target.parameter)  # (member, unit, input, *kernel)
-    return {"connection": view[0].numel(), "unit": view.shape[1], "feature": view.shape[2]}[granularity]
+    """Count the groups of one member of a parameter, live or not; of a list of connections, those that it holds."""
+    axes, parameter = target.axes, target.parameter
+    if granularity == "connection":
+        return parameter.numel() // axes.n_members(parameter)
+    return axes.n_units(parameter) if granularity == "unit" else axes.n_inputs(parameter)
 
 
 _SPARSITY: WeakKeyDictionary[nn.Module, Sparsity] = WeakKeyDictionary()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
+from torch.optim import Optimizer
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -44,11 +48,151 @@ class Axes:
             tensor = tensor.unsqueeze(0)
         return tensor.unsqueeze(2) if self.input is None else tensor
 
+    def n_members(self, tensor: Tensor) -> int:
+        """Count the members of a stacked network that a weight has, 1 if it is no stack."""
+        return 1 if self.member is None else tensor.shape[self.member]
+
+    def n_units(self, tensor: Tensor) -> int:
+        """Count the units of one member of a weight."""
+        return self.view(tensor).shape[1]
+
+    def n_inputs(self, tensor: Tensor) -> int:
+        """Count the inputs of one member of a weight."""
+        return self.view(tensor).shape[2]
+
+    def size(self, tensor: Tensor) -> int:
+        """Count the connections that a weight has or could have, of all members."""
+        return tensor.numel()
+
+    def sum_of_units(self, tensor: Tensor) -> Tensor:
+        """Sum over the connections of each unit, ``(member, unit)``."""
+        return self.view(tensor).flatten(2).sum(2)
+
+    def sum_of_inputs(self, tensor: Tensor) -> Tensor:
+        """Sum over the connections of each input, ``(member, input)``."""
+        view = self.view(tensor)
+        return view.sum([1, *range(3, view.ndim)])
+
+    def live_features(self, live: Tensor) -> Tensor:
+        """Tell which inputs have a live connection, bool ``(member, group, input)``."""
+        groups = torch.stack(self.view(live).chunk(self.groups, dim=1), dim=1)  # (member, group, unit, input, *kernel)
+        return groups.movedim(3, 2).flatten(3).any(3)
+
+    def norm_of_units(self, tensor: Tensor) -> Tensor:
+        """Return the norm of each unit's weights, ``(member, unit)``."""
+        norms: Tensor = torch.linalg.vector_norm(self.view(tensor).flatten(2), dim=2)
+        return norms
+
+    def along_units(self, values: Tensor, tensor: Tensor) -> Tensor:
+        """Lay values of the units, ``(member, unit)``, along a weight's connections: they broadcast to its ``view``."""
+        return self._along(values, 1, tensor)
+
+    def along_inputs(self, values: Tensor, tensor: Tensor) -> Tensor:
+        """Lay values of the inputs, ``(member, input)``, along a weight's connections: they broadcast to its ``view``."""
+        return self._along(values, 2, tensor)
+
+    def _along(self, values: Tensor, axis: int, tensor: Tensor) -> Tensor:
+        shape = [1] * (tensor.ndim + (self.member is None) + (self.input is None))
+        shape[0], shape[axis] = values.shape
+        return values.view(shape)
+
+    def units_of(self, cells: Tensor, tensor: Tensor) -> Tensor:
+        """Return the unit of some cells of a flattened ``(unit, input, *kernel)``."""
+        return cells // math.prod(tensor.shape[1:])
+
+    def inputs_of(self, cells: Tensor, tensor: Tensor) -> Tensor:
+        """Return the input of some cells of a flattened ``(unit, input, *kernel)``."""
+        return cells // math.prod(tensor.shape[2:]) % tensor.shape[1]
+
     def view_bias(self, bias: Tensor) -> Tensor:
         """View the bias of a weight with these axes as ``(member, unit)``; writing to it writes through."""
         if self.member is None:
             return bias.unsqueeze(0)
         return bias.movedim(0 if self.member < self.unit else -1, 0).flatten(1)
+
+
+class Listed(Protocol):
+    """A layer whose weight is a list of its connections' values."""
+
+    in_features: int
+    out_features: int
+    col_indices: Tensor
+
+    @property
+    def units(self) -> Tensor:
+        """The unit of each connection, ``(connection,)``."""
+
+    @property
+    def cells(self) -> Tensor:
+        """The place of each connection in the dense layer, ``(connection,)``."""
+
+    def drop_(self, dead: Tensor, optimizers: Iterable[Optimizer]) -> None:
+        """Take some connections, bool ``(connection,)``, out of the list and its optimizer's state."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ListedAxes(Axes):
+    """The axes of a weight that is a list of connections, ``(connection,)``, which is its own ``view``.
+
+    Attributes:
+        layer: The layer, which knows the unit and the input of each.
+    """
+
+    layer: Listed
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """Return the list."""
+        return tensor
+
+    def n_units(self, tensor: Tensor) -> int:
+        """See the base."""
+        return self.layer.out_features
+
+    def n_inputs(self, tensor: Tensor) -> int:
+        """See the base."""
+        return self.layer.in_features
+
+    def size(self, tensor: Tensor) -> int:
+        """See the base."""
+        return self.layer.out_features * self.layer.in_features
+
+    def sum_of_units(self, tensor: Tensor) -> Tensor:
+        """See the base."""
+        return _sum_at(self.layer.units, tensor, self.layer.out_features)
+
+    def sum_of_inputs(self, tensor: Tensor) -> Tensor:
+        """See the base."""
+        return _sum_at(self.layer.col_indices, tensor, self.layer.in_features)
+
+    def live_features(self, live: Tensor) -> Tensor:
+        """See the base."""
+        return self.sum_of_inputs(live)[None] > 0
+
+    def norm_of_units(self, tensor: Tensor) -> Tensor:
+        """See the base."""
+        return self.sum_of_units(tensor.square()).sqrt()
+
+    def along_units(self, values: Tensor, tensor: Tensor) -> Tensor:
+        """See the base."""
+        return values[0].index_select(0, self.layer.units)
+
+    def along_inputs(self, values: Tensor, tensor: Tensor) -> Tensor:
+        """See the base."""
+        return values[0].index_select(0, self.layer.col_indices)
+
+    def units_of(self, cells: Tensor, tensor: Tensor) -> Tensor:
+        """Return the unit of some places of the list."""
+        return self.layer.units[cells]
+
+    def inputs_of(self, cells: Tensor, tensor: Tensor) -> Tensor:
+        """Return the input of some places of the list."""
+        return self.layer.col_indices[cells]
+
+
+def _sum_at(places: Tensor, values: Tensor, n: int) -> Tensor:
+    """Sum a list's values at their places, ``(1, n)``; bools are counted."""
+    values = values.long() if values.dtype == torch.bool else values
+    return values.new_zeros(1, n).index_add_(1, places, values[None])
 
 
 @dataclass(frozen=True)
@@ -72,7 +216,7 @@ def canonical_name(name: str) -> str:
 
 def axes_of(module: nn.Module, local_name: str) -> Axes:
     """Return the axes of a module's own parameter: what the module declares, else what its type says."""
-    declared: dict[str, Axes] = getattr(module, "parameter_axes", {})
+    declared: Mapping[str, Axes] = getattr(module, "parameter_axes", {})
     if local_name in declared:
         return declared[local_name]
     parameter = getattr(module, local_name)

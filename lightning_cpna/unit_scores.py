@@ -13,7 +13,7 @@ from lightning_cpna.activations import UnitActivity
 from lightning_cpna.graph import Graph
 from lightning_cpna.masks import Kept, Masks
 from lightning_cpna.report import live_mask
-from lightning_cpna.targets import Target
+from lightning_cpna.targets import ListedAxes, Target
 
 UnitScoreKind = Literal[
     "norm",
@@ -154,17 +154,15 @@ class UnitInputs:
     @property
     def in_degree(self) -> Tensor:
         """The number of each unit's live incoming connections, int64 ``(member, unit)``."""
-        return self.target.axes.view(live_mask(self.masks, self.target)).flatten(2).sum(2)
+        return self.target.axes.sum_of_units(live_mask(self.masks, self.target))
 
     @property
     def out_degree(self) -> Tensor:
         """The number of each unit's live outgoing connections, int64 ``(member, unit)``."""
         degree = torch.zeros_like(self.in_degree)
         for reader in self.graph.fed_by(self.target.name):
-            live = reader.axes.view(
-                live_mask(self.masks, self.targets[reader.weight])
-            )  # (member, unit, input, *kernel)
-            degree += self.graph.at_units(live.sum([1, *range(3, live.ndim)]), reader.weight, self.target.name)
+            read = reader.axes.sum_of_inputs(live_mask(self.masks, self.targets[reader.weight]))  # (member, input)
+            degree += self.graph.at_units(read, reader.weight, self.target.name)
         return degree
 
     def overlap(self, normalize: bool, squared: bool) -> Tensor:
@@ -172,7 +170,15 @@ class UnitInputs:
 
         Reference:
             Benedetto and Fickus: Finite normalized tight frames (2003), Definition 6.1.
+
+        Raises:
+            ValueError: If the weight is a list of connections.
         """
+        if isinstance(self.target.axes, ListedAxes):
+            raise ValueError(
+                f"score: the weight vectors of {self.target.name!r}, which is sparse, are not compared with each other; "
+                "allowed for it are the other scores"
+            )
         w = self.target.axes.view(self.target.parameter.detach()).flatten(2).double()  # (member, unit, weight)
         if normalize:
             w = nn.functional.normalize(w, dim=2)

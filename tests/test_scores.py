@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_cpna import Axes, Graph, Score, ScoreInputs, trace
 from lightning_cpna.graph import Layer
-from lightning_cpna.scores import Granularity, ScoreKind, any_in_group, group_norm, ungroup
+from lightning_cpna.scores import Granularity, ScoreKind
 from lightning_cpna.targets import all_targets
 
 Cells = list[list[list[float]]]  # (unit, input, kernel cell)
@@ -254,11 +254,18 @@ def test_half_precision_weights_score_like_their_values_in_float32(kind: ScoreKi
     assert torch.equal(scores, Score(kind)(replace(case, net=single.float()).inputs("2.weight")))
 
 
+STACK = Axes(unit=1, input=2, member=0)
+
+
+def group_norms(scores: Tensor, granularity: Granularity) -> Tensor:
+    return (STACK.sum_of_units if granularity == "unit" else STACK.sum_of_inputs)(scores.square()).sqrt()
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 4), (2, 3, 4), (1, 3, 4, 2, 2), (2, 3, 4, 2)])
 @pytest.mark.parametrize("granularity", ["feature", "unit"])
 def test_group_scores_equal_norms_in_loops(shape: tuple[int, ...], granularity: Granularity) -> None:
     scores = torch.randn(shape, dtype=torch.float64)
-    grouped = group_norm(scores, granularity)
+    grouped = group_norms(scores, granularity)
     cells = scores.flatten(3) if scores.ndim > 3 else scores.unsqueeze(3)
     for m, member in enumerate(cells.tolist()):
         units, features = range(shape[1]), range(shape[2])
@@ -274,7 +281,7 @@ def test_group_scores_equal_norms_in_loops(shape: tuple[int, ...], granularity: 
 @pytest.mark.parametrize("granularity", ["feature", "unit"])
 def test_group_scores_of_every_layer_equal_norms_in_loops(case_name: str, name: str, granularity: Granularity) -> None:
     case = CASES[case_name]()
-    grouped = group_norm(Score("path", exponent=3)(case.inputs(name)), granularity)  # (member, group)
+    grouped = group_norms(Score("path", exponent=3)(case.inputs(name)), granularity)  # (member, group)
     for m in range(len(case.cells[name])):
         paths = brute_paths(case, name, m, 3)
         columns = [[x for row in paths for x in row[i]] for i in range(len(paths[0]))]
@@ -283,24 +290,18 @@ def test_group_scores_of_every_layer_equal_norms_in_loops(case_name: str, name: 
         assert grouped[m].tolist() == pytest.approx(expected, rel=1e-12)
 
 
-def test_connections_are_their_own_groups() -> None:
-    scores, live = torch.randn(2, 3, 4), torch.rand(2, 3, 4) < 0.5
-    assert torch.equal(group_norm(scores, "connection"), scores)
-    assert torch.equal(any_in_group(live, "connection"), live)
-    assert torch.equal(ungroup(live, "connection", scores), live)
-
-
-def test_groups_with_a_live_connection_are_literal() -> None:
+def test_features_with_a_live_connection_are_literal() -> None:
     live = torch.tensor([[[[1, 0], [0, 0]], [[0, 0], [0, 0]], [[0, 1], [0, 0]]]]).bool()  # (1, 3 units, 2 inputs, 2)
-    assert any_in_group(live, "feature").tolist() == [[True, False]]
-    assert any_in_group(live, "unit").tolist() == [[True, False, True]]
+    assert (STACK.sum_of_inputs(live) > 0).tolist() == [[True, False]]
+    assert (STACK.sum_of_units(live) > 0).tolist() == [[True, False, True]]
 
 
-def test_spreading_groups_over_connections_is_literal() -> None:
+def test_values_along_connections_are_literal() -> None:
     like = torch.zeros(1, 2, 3)
-    assert ungroup(torch.tensor([[1, 0, 1]]), "feature", like).tolist() == [[[1, 0, 1], [1, 0, 1]]]
-    assert ungroup(torch.tensor([[1, 0]]), "unit", like).tolist() == [[[1, 1, 1], [0, 0, 0]]]
-    assert ungroup(torch.tensor([[1], [0]]), "unit", torch.zeros(2, 1, 1, 2)).tolist() == [[[[1, 1]]], [[[0, 0]]]]
+    assert STACK.along_inputs(torch.tensor([[1, 0, 1]]), like).expand(1, 2, 3).tolist() == [[[1, 0, 1], [1, 0, 1]]]
+    assert STACK.along_units(torch.tensor([[1, 0]]), like).expand(1, 2, 3).tolist() == [[[1, 1, 1], [0, 0, 0]]]
+    like = torch.zeros(2, 1, 1, 2)
+    assert STACK.along_units(torch.tensor([[1], [0]]), like).expand(2, 1, 1, 2).tolist() == [[[[1, 1]]], [[[0, 0]]]]
 
 
 def test_an_input_group_of_no_weight_scores_zero_and_a_whole_layer_of_none_no_nan() -> None:

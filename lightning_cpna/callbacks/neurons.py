@@ -187,7 +187,9 @@ class NeuronPruning(ScheduledPruning):
                 "optimisation is another score"
             )
         if self._graph is not None and fit.sparsity.graph is None:
-            fit.sparsity.graph = Graph.from_state_dict(self._graph)
+            fit.sparsity.graph = Graph.from_state_dict(
+                self._graph, {name: target.axes for name, target in fit.sparsity.targets.items()}
+            )
         if self._seen is not None:
             fit.watch = Watch(pl_module)
             fit.watch.load_state_dict(self._seen)

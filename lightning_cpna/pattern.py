@@ -1,0 +1,240 @@
+"""Sparse patterns: the products with a sparse matrix, and drawing connections that are not there yet."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_KERNELS = ("cpu", "cuda")  # where torch has all operators that are used
+_CHUNK = 2**22  # chosen: numbers that the fallback gathers at a time
+_NARROW = 8  # sampled_addmm takes eight columns faster than two to seven
+
+
+class Pattern(NamedTuple):
+    """The connections of a sparse layer, by unit (CSR) and by input (CSC), all int32.
+
+    Attributes:
+        crow_indices: Where each unit's connections begin, ``(unit + 1,)``.
+        col_indices: The input of each connection, ``(connection,)``.
+        ccol_indices: Where each input's connections begin in the order by input, ``(input + 1,)``.
+        row_indices: The unit of each connection in the order by input, ``(connection,)``.
+        order: Which connection each one in the order by input is, ``(connection,)``.
+    """
+
+    crow_indices: Tensor
+    col_indices: Tensor
+    ccol_indices: Tensor
+    row_indices: Tensor
+    order: Tensor
+
+
+@torch.library.custom_op("lightning_cpna::sparse_matmul", mutates_args=())
+def sparse_matmul(
+    values: Tensor,
+    x: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    ccol_indices: Tensor,
+    row_indices: Tensor,
+    order: Tensor,
+    transpose: bool = False,
+) -> Tensor:
+    """Return ``A x``, or ``A' x``, for a sparse matrix ``A``, ``(unit, input)``.
+
+    Args:
+        values: The values of its connections, ``(connection,)``, float32 or float64.
+        x: Contiguous ``(input, batch)``, or ``(unit, batch)``.
+        crow_indices: See ``Pattern``, as for the following.
+        col_indices: See there.
+        ccol_indices: See there.
+        row_indices: See there.
+        order: See there.
+        transpose: Whether it is the transposed matrix.
+
+    Returns:
+        ``(unit, batch)``, or ``(input, batch)``.
+    """
+    starts, indices = (ccol_indices, row_indices) if transpose else (crow_indices, col_indices)
+    values = values.index_select(0, order) if transpose else values
+    if x.device.type not in _KERNELS:
+        return _gathered_matmul(values, x, starts, indices)
+    if not len(values) or not x.shape[1]:
+        return x.new_zeros(len(starts) - 1, x.shape[1])
+    if x.is_cpu and x.dtype == torch.float64:  # where embedding_bag is slow
+        matrix = torch.sparse_csr_tensor(starts, indices, values, (len(starts) - 1, len(x)))
+        product: Tensor = torch.sparse.mm(matrix, x, "sum")
+        return product
+    return torch.nn.functional.embedding_bag(
+        indices, x, starts, mode="sum", per_sample_weights=values, include_last_offset=True
+    )
+
+
+@torch.library.custom_op("lightning_cpna::sampled_matmul", mutates_args=())
+def sampled_matmul(
+    left: Tensor,
+    right: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    ccol_indices: Tensor,
+    row_indices: Tensor,
+    order: Tensor,
+) -> Tensor:
+    """Return ``left right'`` at the connections of a pattern only.
+
+    Args:
+        left: Contiguous ``(unit, batch)``, float32 or float64.
+        right: Contiguous ``(input, batch)``.
+        crow_indices: See ``Pattern``, as for the following.
+        col_indices: See there.
+        ccol_indices: See there.
+        row_indices: See there.
+        order: See there.
+
+    Returns:
+        ``(connection,)``.
+    """
+    if left.device.type not in _KERNELS:
+        return _gathered_products(left, right, crow_indices, col_indices)
+    if not len(col_indices) or not left.shape[1]:
+        return left.new_zeros(len(col_indices))
+    if 1 < left.shape[1] < _NARROW:
+        left, right = (torch.nn.functional.pad(x, (0, _NARROW - x.shape[1])) for x in (left, right))
+    empty = left.new_zeros(len(col_indices))  # beta=0 still reads it
+    matrix = torch.sparse_csr_tensor(crow_indices, col_indices, empty, (len(left), len(right)))
+    products: Tensor = torch.sparse.sampled_addmm(matrix, left, right.t(), beta=0.0).values()
+    return products
+
+
+def _gathered_matmul(values: Tensor, x: Tensor, starts: Tensor, indices: Tensor) -> Tensor:
+    """Compute ``sparse_matmul`` out of operators that every device has."""
+    product = x.new_zeros(len(starts) - 1, x.shape[1])
+    rows = _rows(starts, len(indices))
+    for part in _parts(len(indices), x):
+        product.index_add_(0, rows[part], values[part, None] * x.index_select(0, indices[part]))
+    return product
+
+
+def _gathered_products(left: Tensor, right: Tensor, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
+    """Compute ``sampled_matmul`` out of operators that every device has."""
+    rows = _rows(crow_indices, len(col_indices))
+    products = [
+        (left.index_select(0, rows[part]) * right.index_select(0, col_indices[part])).sum(1)
+        for part in _parts(len(col_indices), left)
+    ]
+    return torch.cat(products)
+
+
+def _parts(n: int, x: Tensor) -> tuple[Tensor, ...]:
+    """Split ``n`` connections so that few numbers are gathered at a time."""
+    return torch.split(torch.arange(n, device=x.device), max(1, _CHUNK // max(1, x.shape[1])))
+
+
+def _rows(starts: Tensor, n: int) -> Tensor:
+    numbers = torch.arange(len(starts) - 1, dtype=torch.int32, device=starts.device)
+    return torch.repeat_interleave(numbers, starts.diff(), output_size=n)
+
+
+@sparse_matmul.register_fake
+def _(
+    values: Tensor,
+    x: Tensor,
+    crow: Tensor,
+    col: Tensor,
+    ccol: Tensor,
+    row: Tensor,
+    order: Tensor,
+    transpose: bool = False,
+) -> Tensor:
+    return x.new_empty(len(ccol if transpose else crow) - 1, x.shape[1])
+
+
+@sampled_matmul.register_fake
+def _(left: Tensor, right: Tensor, crow: Tensor, col: Tensor, ccol: Tensor, row: Tensor, order: Tensor) -> Tensor:
+    return left.new_empty(len(col))
+
+
+def _keep_matmul(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.transpose = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _matmul_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    values, x, *pattern = ctx.saved_tensors
+    gradient = gradient.contiguous()
+    left, right = (x, gradient) if ctx.transpose else (gradient, x)
+    of_values = sampled_matmul(left, right, *pattern) if ctx.needs_input_grad[0] else None
+    of_x = sparse_matmul(values, gradient, *pattern, not ctx.transpose) if ctx.needs_input_grad[1] else None
+    return of_values, of_x, *[None] * 6
+
+
+def _keep_sampled(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _sampled_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    left, right, *pattern = ctx.saved_tensors
+    of_left = sparse_matmul(gradient, right, *pattern, False) if ctx.needs_input_grad[0] else None
+    of_right = sparse_matmul(gradient, left, *pattern, True) if ctx.needs_input_grad[1] else None
+    return of_left, of_right, *[None] * 5
+
+
+sparse_matmul.register_autograd(_matmul_backward, setup_context=_keep_matmul)
+sampled_matmul.register_autograd(_sampled_backward, setup_context=_keep_sampled)
+
+
+def draw_cells(occupied: Tensor, n_cells: int, n: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw cells that are not occupied, uniformly, each at most once.
+
+    Args:
+        occupied: Ascending cells, int64 ``(m,)``.
+        n_cells: How many cells there are, from 0 on.
+        n: How many to draw.
+        generator: A CPU generator; None is torch's global one.
+
+    Returns:
+        Ascending cells, int64 ``(n,)``, on the device of ``occupied``.
+
+    Raises:
+        ValueError: If fewer than ``n`` are free.
+
+    Example:
+        >>> draw_cells(torch.tensor([0, 2, 3]), n_cells=5, n=2)
+        tensor([1, 4])
+    """
+    n_free = n_cells - len(occupied)
+    if not 0 <= n <= n_free:
+        raise ValueError(f"n is {n}; allowed is 0 to {n_free}, the number of free cells")
+    if n_free <= 4 * n:
+        ranks = torch.randperm(n_free, generator=generator)[:n].sort().values
+    else:  # drawing one after another, and again what was drawn before, is uniform
+        ranks = torch.unique(torch.randint(n_free, (n,), generator=generator))
+        while len(ranks) < n:
+            more = torch.randint(n_free, (n - len(ranks),), generator=generator)
+            ranks = torch.unique(torch.cat([ranks, more]))
+    return free_cells(occupied, ranks.to(occupied.device))
+
+
+def free_cells(occupied: Tensor, ranks: Tensor) -> Tensor:
+    """Return the cells that are the ``ranks``-th (from 0, int64 ``(n,)``) of those that are not occupied (ascending).
+
+    Example:
+        >>> free_cells(torch.tensor([0, 2, 3]), torch.tensor([0, 1, 2]))
+        tensor([1, 4, 5])
+    """
+    n_free_before = occupied - torch.arange(len(occupied), device=occupied.device)
+    return ranks + torch.searchsorted(n_free_before, ranks, right=True)
+
+
+def merged(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where each of two ascending lists' elements, none in both, is in the merged list, int64.
+
+    Example:
+        >>> merged(torch.tensor([1, 5]), torch.tensor([2, 9]))
+        (tensor([0, 2]), tensor([1, 3]))
+    """
+    places = []
+    for own, other in ((first, second), (second, first)):
+        places.append(torch.searchsorted(other, own) + torch.arange(len(own), device=own.device))
+    return places[0], places[1]
