@@ -1,7 +1,7 @@
 """Sparse training for PyTorch Lightning: prune, rewire, rewind and explain any LightningModule."""
 
 from lightning_cpna.activations import UnitActivity, Watch
-from lightning_cpna.callbacks import CPNAPruning, DeadUnitLogger, NeuronPruning
+from lightning_cpna.callbacks import CPNAPruning, DeadUnitLogger, NeuronPruning, SETRewiring
 from lightning_cpna.compact import Compacted, compact, load_compact
 from lightning_cpna.cost import Cost, cost_of
 from lightning_cpna.graph import Graph
@@ -11,8 +11,10 @@ from lightning_cpna.observe import mean_replacement_penalties, observe
 from lightning_cpna.plots import Connectivity, connectivity, plot_connectivity, plot_schedule
 from lightning_cpna.report import LayerReport, SparsityReport
 from lightning_cpna.rescale import rescale_
+from lightning_cpna.rewiring import Decay, Growth, rewire_
 from lightning_cpna.schedules import Annealing, Cubic, EpochFraction, Geometric, Linear, OneShot, Schedule
 from lightning_cpna.scores import Score, ScoreInputs
+from lightning_cpna.sparse import SparseLinear
 from lightning_cpna.sparsity import Budget, Sparsity, sparsity_of
 from lightning_cpna.targets import Axes, Target
 from lightning_cpna.taylor import weight_saliencies
@@ -31,18 +33,22 @@ __all__ = [
     "Cost",
     "Cubic",
     "DeadUnitLogger",
+    "Decay",
     "EpochFraction",
     "Geometric",
     "Graph",
+    "Growth",
     "LayerReport",
     "LayerUnits",
     "Linear",
     "Masks",
     "NeuronPruning",
     "OneShot",
+    "SETRewiring",
     "Schedule",
     "Score",
     "ScoreInputs",
+    "SparseLinear",
     "Sparsity",
     "SparsityReport",
     "Target",
@@ -63,6 +69,7 @@ __all__ = [
     "plot_schedule",
     "plot_units",
     "rescale_",
+    "rewire_",
     "sparsity_of",
     "trace",
     "unit_report",

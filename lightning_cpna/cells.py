@@ -44,6 +44,19 @@ def pick(values: Tensor, where: Tensor) -> Tensor:
     return torch.from_numpy(values.numpy()[where.numpy()]) if values.is_cpu else values[where]
 
 
+def put_cells_(tensor: Tensor, cells: Tensor, values: Tensor) -> None:
+    """Put values ``(n,)`` into some cells of a tensor of any layout, in place; cells are counted as in ``fill_cells_``.
+
+    Example:
+        >>> tensor = torch.zeros(2, 2)
+        >>> put_cells_(tensor, torch.tensor([1, 2]), torch.tensor([5.0, 6.0]))
+        >>> tensor
+        tensor([[0., 5.],
+                [6., 0.]])
+    """
+    tensor[torch.unravel_index(cells, tensor.shape)] = values.to(tensor)
+
+
 def fill_cells_(tensor: Tensor, cells: Tensor, value: float) -> None:
     """Fill some cells of a tensor of any layout, in place; cells are counted as in ``tensor.flatten()``.
 

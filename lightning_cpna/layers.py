@@ -1,4 +1,4 @@
-"""The Linear and Conv modules of a network, and what they read."""
+"""The Linear, Conv and SparseLinear modules of a network, and what they read."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.hooks import RemovableHandle
 
+from lightning_cpna.sparse import SparseLinear
 from lightning_cpna.targets import all_targets
 
 
 def layers_of(module: nn.Module) -> dict[str, nn.Module]:
-    """Find the Linear and Conv modules (transposed ones are others), by the canonical names of their weights."""
+    """Find the Linear, Conv (not transposed) and SparseLinear modules, by the canonical names of their weights."""
     names = {id(target.parameter): name for name, target in all_targets(module).items()}
     return {
         names[id(part.weight)]: part
         for part in module.modules()
-        if isinstance(part, nn.Linear | _ConvNd) and not isinstance(part, _ConvTransposeNd) and id(part.weight) in names
+        if isinstance(part, nn.Linear | _ConvNd | SparseLinear)
+        and not isinstance(part, _ConvTransposeNd)
+        and id(part.weight) in names
     }
 
 
@@ -43,7 +46,7 @@ class ChangedInput:
 
 def n_kernel_axes(reader: nn.Module) -> int:
     """Return how many axes follow that of the inputs in what a Linear or Conv module reads."""
-    return reader.get_parameter("weight").ndim - 2
+    return 0 if isinstance(reader, SparseLinear) else reader.get_parameter("weight").ndim - 2
 
 
 @contextlib.contextmanager

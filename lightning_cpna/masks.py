@@ -254,6 +254,14 @@ class ListMask(Mask):
             self.inputs |= inputs
         self.version += 1
 
+    def follow_(self, dead: Tensor) -> None:
+        """Follow the list, in which the connections that do not live have other places now, int64 ``(n,)``."""
+        self.dead = torch.zeros_like(self.dead)
+        self.dead[dead] = True
+        self.removed = self.dead.clone()
+        self._bits = self._live_cells = None
+        self.version += 1
+
     def drop_(self, axes: ListedAxes) -> None:
         """Take what is dead out of the mask, before it is dropped from the list, and remember what was removed."""
         gone = cells_of(self.removed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -63,7 +64,7 @@ def sparse_matmul(
     if not len(values) or not x.shape[1]:
         return x.new_zeros(len(starts) - 1, x.shape[1])
     if x.is_cpu and x.dtype == torch.float64:  # where embedding_bag is slow
-        matrix = torch.sparse_csr_tensor(starts, indices, values, (len(starts) - 1, len(x)))
+        matrix = _csr(starts, indices, values, len(x))
         product: Tensor = torch.sparse.mm(matrix, x, "sum")
         return product
     return torch.nn.functional.embedding_bag(
@@ -101,10 +102,19 @@ def sampled_matmul(
         return left.new_zeros(len(col_indices))
     if 1 < left.shape[1] < _NARROW:
         left, right = (torch.nn.functional.pad(x, (0, _NARROW - x.shape[1])) for x in (left, right))
-    empty = left.new_zeros(len(col_indices))  # beta=0 still reads it
-    matrix = torch.sparse_csr_tensor(crow_indices, col_indices, empty, (len(left), len(right)))
-    products: Tensor = torch.sparse.sampled_addmm(matrix, left, right.t(), beta=0.0).values()
+    products = left.new_zeros(len(col_indices))  # beta=0 still reads them
+    matrix = _csr(crow_indices, col_indices, products, len(right))
+    torch.sparse.sampled_addmm(matrix, left, right.t(), beta=0.0, out=matrix)  # in place: nothing is copied
     return products
+
+
+def _csr(starts: Tensor, indices: Tensor, values: Tensor, width: int) -> Tensor:
+    return torch.sparse_csr_tensor(starts, indices, values, (len(starts) - 1, width), check_invariants=False)
+
+
+with warnings.catch_warnings():  # torch says once that CSR is in beta
+    warnings.simplefilter("ignore")
+    _csr(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), 1)
 
 
 def _gathered_matmul(values: Tensor, x: Tensor, starts: Tensor, indices: Tensor) -> Tensor:

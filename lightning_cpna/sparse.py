@@ -14,6 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from lightning_cpna.moments import moments_of, replace_
 from lightning_cpna.pattern import Pattern, draw_cells, merged, sparse_matmul
 from lightning_cpna.targets import Axes, ListedAxes
+from lightning_cpna.topology import n_connections
 
 _INDICES = ("crow_indices", "col_indices")
 
@@ -82,6 +83,8 @@ class SparseLinear(nn.Module):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}; allowed is an int >= 1")
         n = n_connections(in_features, out_features, epsilon)
+        if n >= 2**31:
+            raise ValueError(f"epsilon is {epsilon}: {n} connections; allowed are fewer than 2**31 in a layer")
         self._build(in_features, out_features, bias, device, dtype)
         n_cells = in_features * out_features
         if replace:
@@ -391,24 +394,6 @@ def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: Patte
         y = y + bias.to(dtype)[:, None]
     out: Tensor = y.t().to(weight.dtype)  # (batch, out_features), a view
     return out.reshape(*x.shape[:-1], len(pattern.crow_indices) - 1)
-
-
-def n_connections(n_in: int, n_out: int, epsilon: float) -> int:
-    """Return how many connections an Erdos-Renyi layer has: ``epsilon * (n_in + n_out)``, or all (SET, Eq. 1).
-
-    Raises:
-        ValueError: If epsilon is not positive, or there would be more connections than int32 can count.
-
-    Example:
-        >>> n_connections(1000, 500, epsilon=2), n_connections(10, 10, epsilon=20)
-        (3000, 100)
-    """
-    if not epsilon > 0:
-        raise ValueError(f"epsilon is {epsilon}; allowed is a float > 0")
-    n = min(n_in * n_out, max(1, round(epsilon * (n_in + n_out))))
-    if n >= 2**31:
-        raise ValueError(f"epsilon is {epsilon}: {n} connections; allowed are fewer than 2**31 in a layer")
-    return n
 
 
 def _starts(counts: Tensor) -> Tensor:

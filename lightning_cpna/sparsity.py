@@ -98,9 +98,10 @@ class Sparsity:
                 raise ValueError(
                     f"there is a mask for {name!r}, but no such parameter: it belongs to another architecture"
                 )
-            self._add_mask(name)
+            self.add_mask(name)
 
-    def _add_mask(self, name: str) -> None:
+    def add_mask(self, name: str) -> None:
+        """Give a parameter a mask, if it has none."""
         target = self.targets[name]
         self.masks.add(name, target.parameter, target.axes)
 
@@ -161,7 +162,7 @@ class Sparsity:
 
     def n_units(self, name: str) -> int:
         """Count the units of a parameter that are not removed."""
-        self._add_mask(name)
+        self.add_mask(name)
         return max(self._counts_of(name, "unit", None))
 
     def _counts(self, budget: Budget, without: tuple[str, Tensor] | None = None) -> list[int]:
@@ -292,7 +293,7 @@ class Sparsity:
     ) -> Tensor:
         """Score what may go, ``(member, candidate)``; ``-inf`` marks what went before."""
         target, axes = self.targets[name], self.targets[name].axes
-        self._add_mask(name)
+        self.add_mask(name)
         mask, is_listed = self.masks[name], self._is_listed(name, granularity)
         if is_listed and isinstance(score, Score):
             return score(ScoreInputs(target, self.tensors, self.graph, generator, cells=mask.live_cells))[None]
@@ -352,7 +353,7 @@ class Sparsity:
 
     def _close_(self, name: str, gone: Tensor, granularity: Granularity, optimizers: Iterable[Optimizer]) -> None:
         """Remove all that some connections, units or inputs (bool, ``(member, group)``) have or may ever have."""
-        self._add_mask(name)
+        self.add_mask(name)
         if isinstance(mask := self.masks[name], ListMask):
             mask.close_(**{"unit": {"units": gone[0]}, "feature": {"inputs": gone[0]}}.get(granularity, {}))
         self.remove_(name, self._spread(name, gone, granularity), optimizers)
@@ -442,7 +443,7 @@ class Sparsity:
             where: Which connections, bool of the parameter's shape (or one that expands to it).
             optimizers: Whose moments of them are set to zero.
         """
-        self._add_mask(name)
+        self.add_mask(name)
         cells = cells_of(where.expand(self.masks[name].dead.shape))
         self.masks[name].remove_cells_(cells)
         self._zero_(name, cells, optimizers)
@@ -450,17 +451,23 @@ class Sparsity:
     def _zero_(self, name: str, cells: Tensor, optimizers: Iterable[Optimizer]) -> None:
         """Set dead connections to zero, or drop them from a list of connections."""
         parameter, mask = self.targets[name].parameter, self.masks[name]
-        if isinstance(axes := self.targets[name].axes, ListedAxes) and isinstance(mask, ListMask) and self.drops:
-            if len(cells):
-                dead = mask.dead
-                mask.drop_(axes)
-                axes.layer.drop_(dead, optimizers)
+        if isinstance(mask, ListMask) and self.drops:
+            self.drop_dead_(optimizers)
             return
         fill_cells_(parameter, cells, 0)
         if parameter.grad is not None:
             fill_cells_(parameter.grad, cells, 0)
         if (optimizer := optimizer_of(optimizers, parameter)) is not None:
             zero_moments_(optimizer, parameter, cells)
+
+    def drop_dead_(self, optimizers: Iterable[Optimizer] = ()) -> None:
+        """Take the dead connections of every ``SparseLinear`` out of it."""
+        for name, mask in self.masks.items():
+            axes = self.targets[name].axes
+            if isinstance(mask, ListMask) and isinstance(axes, ListedAxes) and mask.n_live < len(mask.dead):
+                dead = mask.dead
+                mask.drop_(axes)
+                axes.layer.drop_(dead, optimizers)
 
     def remove_dead_units_(self, optimizers: Iterable[Optimizer] = ()) -> None:
         """Remove the incoming connections of units that feed nothing, unless a budget needs them to reach its count."""
@@ -472,7 +479,7 @@ class Sparsity:
             dead = ~may_feed(self.masks, graph, self.targets, name)  # (member, unit)
             if not bool(dead.any()):
                 continue
-            self._add_mask(name)
+            self.add_mask(name)
             where = self._spread(name, dead, "unit") & self.masks[name].live
             budgets = [budget for budget in self.budgets if name in budget.names]
             if bool(where.any()) and all(min(self._counts(b, (name, where))) >= b.n_end for b in budgets):

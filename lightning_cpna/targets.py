@@ -129,6 +129,9 @@ class Listed(Protocol):
     def drop_(self, dead: Tensor, optimizers: Iterable[Optimizer]) -> None:
         """Take some connections, bool ``(connection,)``, out of the list and its optimizer's state."""
 
+    def rewire_(self, dying: Tensor, cells: Tensor, values: Tensor, optimizers: Iterable[Optimizer]) -> None:
+        """Put other connections in the place of as many."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ListedAxes(Axes):

@@ -7,7 +7,7 @@ activation reaches the next layer its labels say which unit feeds which column, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_cpna.graph import Graph, Layer, owned
 from lightning_cpna.replay import Call, Calls, float64_copy, plain, widen
-from lightning_cpna.targets import all_targets, canonical_name
+from lightning_cpna.targets import Axes, all_targets, canonical_name
 
-_LAYERS = {"linear": None, "conv1d": 1, "conv2d": 2, "conv3d": 3}
+_LAYERS = {"linear": None, "sparse_linear": None, "conv1d": 1, "conv2d": 2, "conv3d": 3}
 # f(c * x) = c * f(x) for c > 0, element by element (dropout is the identity in eval mode).
 _HOMOGENEOUS = {
     "relu", "leaky_relu", "prelu", "dropout", "alpha_dropout", "feature_dropout", "dropout1d", "dropout2d", "dropout3d",
@@ -69,7 +69,7 @@ def trace_calls(module: nn.Module, calls: Calls) -> Graph:
     A float argument that requires a gradient was computed by another call, so it is not known what feeds its reader.
     """
     with float64_copy(module) as twin:
-        builder = _Builder(twin)
+        builder = _Builder(twin, {name: target.axes for name, target in all_targets(module).items()})
         for prefix, call in calls:
             path = canonical_name(prefix)
             builder.run(twin.get_submodule(path), path, call)
@@ -86,9 +86,9 @@ class _Flow:
 
 
 class _Builder(TorchFunctionMode):
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, axes: Mapping[str, Axes]) -> None:
         super().__init__()
-        self._names = {id(target.parameter): (name, target.axes) for name, target in all_targets(module).items()}
+        self._names = {id(target.parameter): (name, axes[name]) for name, target in all_targets(module).items()}
         self._layers: dict[str, Layer] = {}
         self._n_units = 0
         self._obstacles: dict[str, list[str]] = {}
@@ -191,7 +191,7 @@ class _Builder(TorchFunctionMode):
         else:
             units = range(self._n_units, self._n_units + n_units)
             self._n_units += n_units
-        sources, unknown = torch.full((weight.shape[axes.input or 0],), -1), None
+        sources, unknown = torch.full((axes.n_inputs(weight),), -1), None
         if flow is not None:
             known = self._sources(flow, dimension) if groups == 1 else None
             if known is not None:

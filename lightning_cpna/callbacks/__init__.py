@@ -3,5 +3,6 @@
 from lightning_cpna.callbacks.cpna import CPNAPruning
 from lightning_cpna.callbacks.monitors import DeadUnitLogger
 from lightning_cpna.callbacks.neurons import NeuronPruning
+from lightning_cpna.callbacks.rewiring import SETRewiring
 
-__all__ = ["CPNAPruning", "DeadUnitLogger", "NeuronPruning"]
+__all__ = ["CPNAPruning", "DeadUnitLogger", "NeuronPruning", "SETRewiring"]

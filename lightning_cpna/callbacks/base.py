@@ -5,21 +5,25 @@ from __future__ import annotations
 import contextlib
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
 from lightning_cpna._lightning import Callback, LightningModule, Trainer
 from lightning_cpna.activations import Watch
 from lightning_cpna.callbacks.capture import Capture, is_compiled, trace_few
 from lightning_cpna.cells import cells_of, pack, unpack
+from lightning_cpna.masks import ListMask
 from lightning_cpna.moments import is_elementwise, optimizer_of, zero_moments_
 from lightning_cpna.report import SparsityReport
 from lightning_cpna.shrink import Shrinking
 from lightning_cpna.sparsity import Budget, Sparsity, sparsity_of
 from lightning_cpna.targets import all_targets
+
+T = TypeVar("T")
 
 CHECKPOINT_KEY = "lightning_cpna"
 STATE_VERSION = 1
@@ -131,6 +135,14 @@ class SparsityCallback(Callback):
         """What is done after this optimizer step?"""
         raise NotImplementedError
 
+    _changes_connections = False  # between epochs, rather than units, which go first
+
+    def _between_epochs(self, fit: Fit) -> None:
+        """What is done when an epoch starts that is not the first?"""
+
+    def _before_masking(self, fit: Fit, optimizer: Optimizer) -> None:
+        """What must be seen of the gradients before those of connections that do not live become zero?"""
+
     def _at_target(self, fit: Fit) -> bool:
         """Is every count reached?"""
         return all(fit.sparsity.n_remaining(budget) <= budget.n_end for budget in fit.budgets)
@@ -212,13 +224,15 @@ class SparsityCallback(Callback):
         """Find the targets, and hold the masks that are there already (a resumed run, a second fit)."""
         sparsity, leads = sparsity_of(pl_module), self._is_first(trainer)
         if leads:
+            sparsity.drops = trainer.world_size == 1  # as DDP's buckets have fixed sizes
             sparsity.graph, sparsity.untraced, sparsity.calls, sparsity.budgets = None, None, [], []
             sparsity.find_targets(pl_module)
             sparsity.masks.apply_(sparsity.tensors)
         self._fit = Fit(trainer, pl_module, sparsity, self._find_budgets(sparsity, pl_module), leads)
         for name in self._fit.names:
             n_zeros = int((sparsity.tensors[name] == 0).sum())
-            if sparsity.masks[name].n_live == sparsity.masks[name].dead.numel() > n_zeros > 0:
+            mask = sparsity.masks[name]
+            if not isinstance(mask, ListMask) and mask.n_live == mask.dead.numel() > n_zeros > 0:
                 warnings.warn(
                     f"{self.name}: {name!r} has {n_zeros} exact zeros but no mask, so they will train; to keep them, set "
                     "sparsity_of(module).masks = infer_masks(module, [...]) before fit",
@@ -243,6 +257,8 @@ class SparsityCallback(Callback):
                 why = "is in no optimizer" if owner is None else "is frozen (requires_grad=False)"
                 raise ValueError(f"targets: {name!r} {why}; allowed are parameters that are trained")
             owners.append(owner)
+        if any(isinstance(fit.sparsity.masks[name], ListMask) for name in fit.names):
+            _refuse_averages(trainer, "connections of a SparseLinear come and go")
         fit.handles.append(owners[0].register_step_post_hook(self._count_step))
         if fit.leads:
             self._hold_masks(fit, pl_module)
@@ -266,6 +282,13 @@ class SparsityCallback(Callback):
                 zero_moments_(owner, sparsity.tensors[name], cells_of(mask.dead))
 
     # While training
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do what is done between two epochs: neurons before connections, in whatever order the callbacks stand."""
+        fit = self._running()
+        if fit.leads and trainer.current_epoch > 0:
+            for callback in sorted(_ours(trainer), key=lambda callback: callback._changes_connections):
+                callback._between_epochs(callback._running())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch the first batches of a fit, until it is seen which layers feed the targets; cut what died, if asked to."""
@@ -293,6 +316,8 @@ class SparsityCallback(Callback):
         """Mask the gradients, so that neither clipping nor moments see a connection that does not live."""
         fit = self._running()
         if fit.leads:
+            for callback in _ours(trainer):
+                callback._before_masking(callback._running(), optimizer)
             fit.sparsity.mask_gradients_()
 
     def on_train_batch_end(
@@ -383,6 +408,19 @@ class SparsityCallback(Callback):
 
     # After training
 
+    def _layer_values(self, fit: Fit) -> dict[str, float]:
+        """Count what lives in each layer, for the log."""
+        values: dict[str, float] = {}
+        for layer in fit.sparsity.report().layers:
+            if layer.name in fit.names:
+                values |= {
+                    f"{layer.name}/connections": layer.connections,
+                    f"{layer.name}/density": layer.density,
+                    f"{layer.name}/live_units": layer.live_units,
+                    f"{layer.name}/live_features": layer.live_features,
+                }
+        return values
+
     def report(self, pl_module: LightningModule) -> SparsityReport:
         """Count what is alive in all masked parameters of a module that is or was trained with this callback."""
         return sparsity_of(pl_module).report()
@@ -411,7 +449,9 @@ class SparsityCallback(Callback):
         if self._fit is not None:
             self._fit.release()
             if stage == "fit":
+                self._fit.sparsity.drops = True
                 self._fit.sparsity.find_targets(pl_module)
+                self._fit.sparsity.drop_dead_(self._fit.optimizers)
                 self._fit.sparsity.masks.apply_(self._fit.sparsity.tensors)
             self._fit = None
 
@@ -427,11 +467,18 @@ def _refuse_to_shrink(trainer: Trainer, pl_module: LightningModule) -> None:
         why = f"{type(trainer.strategy).__name__} trains in {trainer.world_size} processes"
     elif any(is_compiled(part) for part in pl_module.modules()):
         why = "the module is compiled"
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if hasattr(callback, "_average_model"):
-            why = f"{type(callback).__name__} keeps averages of the weights"
     if why is not None:
         raise ValueError(f"shrink is True, but {why}; allowed is shrink=False, and compact() after the fit")
+    _refuse_averages(trainer, "shrink is True")
+
+
+def _refuse_averages(trainer: Trainer, what: str) -> None:
+    """Raise where weights are averaged whose number changes."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if hasattr(callback, "_average_model"):
+            raise ValueError(
+                f"{what}, but {type(callback).__name__} keeps averages of the weights; allowed is one of the two"
+            )
 
 
 def agree(trainer: Trainer, decision: Tensor) -> Tensor:
@@ -440,3 +487,11 @@ def agree(trainer: Trainer, decision: Tensor) -> Tensor:
         return decision
     packed: Tensor = trainer.strategy.broadcast(pack(decision))
     return unpack(packed.cpu(), decision.shape).to(decision.device)
+
+
+def broadcast(trainer: Trainer, decision: T) -> T:
+    """Let rank 0 decide: return its tensor, or tuple of tensors, on every rank."""
+    if trainer.world_size == 1:
+        return decision
+    decided: T = tree_map(lambda mine, zeros: zeros.to(mine.device), decision, trainer.strategy.broadcast(decision))
+    return decided

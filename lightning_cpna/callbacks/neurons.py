@@ -273,11 +273,10 @@ class NeuronPruning(ScheduledPruning):
             rescale_(fit.sparsity.tensors, graph, fit.names)  # last, as what was watched is in the scale of before
 
     @torch.no_grad()
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _between_epochs(self, fit: Fit) -> None:
         """Remove the units that an ``EpochFraction`` removes after the epoch that ended."""
-        fit = self._running()
-        if isinstance(self.schedule, EpochFraction) and trainer.current_epoch > 0:
-            self._prune_all(fit, trainer.current_epoch - 1)
+        if isinstance(self.schedule, EpochFraction):
+            self._prune_all(fit, fit.trainer.current_epoch - 1)
             if fit.watch is not None:
                 fit.watch.clear()
 

@@ -87,15 +87,7 @@ class ScheduledPruning(SparsityCallback):
                 fit.sparsity.remove_dead_units_(fit.optimizers)
 
     def _values(self, fit: Fit) -> dict[str, float]:
-        layers = [layer for layer in fit.sparsity.report().layers if layer.name in fit.names]
-        values: dict[str, float] = {}
-        for layer in layers:
-            values |= {
-                f"{layer.name}/connections": layer.connections,
-                f"{layer.name}/density": layer.density,
-                f"{layer.name}/live_units": layer.live_units,
-                f"{layer.name}/live_features": layer.live_features,
-            }
+        values = self._layer_values(fit)
         for budget in fit.budgets:
             values[f"{budget.label}/target"] = budget.n_end
             values[f"{budget.label}/remaining"] = fit.sparsity.n_remaining(budget)

@@ -1,0 +1,320 @@
+"""SETRewiring: the weakest connections make room for as many new ones, again and again."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_cpna._lightning import LightningModule, Trainer
+from lightning_cpna.callbacks.base import Fit, SparsityCallback, broadcast
+from lightning_cpna.callbacks.capture import running_eagerly
+from lightning_cpna.callbacks.scheduled import check_choice, check_targets
+from lightning_cpna.layers import layers_of
+from lightning_cpna.masks import ListMask
+from lightning_cpna.moments import optimizer_of
+from lightning_cpna.rewiring import Decay, Factors, Growth, GrowthKind, check_zeta, plant_, rewire_
+from lightning_cpna.sparsity import Budget, Sparsity
+from lightning_cpna.targets import Target, n_keep, resolve
+from lightning_cpna.topology import Distribution, n_connections, shared_out
+
+MEMORY = 0.9  # of a gradient, from one batch to the next (Dettmers and Zettlemoyer 2019, Section 3)
+
+
+class SETRewiring(SparsityCallback):
+    """Train sparse from the first step on: remove the weakest connections and grow as many, after every epoch.
+
+    The number of connections of each layer stays exactly what it is. Works on ``Linear`` and ``Conv`` weights, by masks, and
+    on ``SparseLinear``, which stores and computes its live connections only.
+
+    Args:
+        targets: Names or globs of weights. A list: each dense one begins with Erdos-Renyi connections, about ``epsilon *
+            (inputs + units)``. A dict says instead how many each begins with: an int is a count, a float in (0, 1) a
+            density. What is sparse already, by masks or as a ``SparseLinear``, keeps what it has.
+        zeta: Which fraction of the connections goes, of the positive and of the negative ones; or a ``Decay``, which says so
+            while the run goes on.
+        every: "epoch": when the next epoch starts, so never after the last one, and what was validated is what was saved. An
+            int: after so many optimizer steps.
+        growth: Which connections come: the name of a kind ("random" is SET, "gradient" is RigL), or a ``Growth``, which also
+            says with which weights.
+        epsilon: See ``targets``.
+        distribution: How a count or density of a dict is shared by the dense layers that its name matches: "uniform": it is
+            that of each layer; "er", "erk": that of all together (see ``topology.shared_out``).
+        name: Prefix of what is logged and key of the saved state; two callbacks need two names.
+
+    Raises:
+        ValueError: If an argument is out of range (here, or when training starts and the module is known).
+
+    Logged: ``{name}/connections``, ``{name}/density``, ``{name}/zeta`` and ``{name}/exchanged`` of the last rewiring, and for
+    each layer ``connections``, ``density``, ``live_units``, ``live_features``.
+
+    Reference:
+        Mocanu et al.: Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network
+        science (2018); Evci et al.: Rigging the lottery (2020).
+
+    Example:
+        >>> SETRewiring(["net.*.weight"], zeta=0.3, epsilon=10).name
+        'rewiring'
+    """
+
+    _changes_connections = True
+
+    def __init__(
+        self,
+        targets: list[str] | dict[str, int | float],
+        *,
+        zeta: float | Decay = 0.3,
+        every: int | Literal["epoch"] = "epoch",
+        growth: GrowthKind | Growth = "random",
+        epsilon: float = 20.0,
+        distribution: Distribution = "uniform",
+        name: str = "rewiring",
+    ) -> None:
+        if isinstance(targets, list):
+            if not targets or not all(isinstance(pattern, str) for pattern in targets):
+                raise ValueError(f"targets is {targets!r}; allowed is a list of names, at least one, or a dict")
+        else:
+            check_targets(targets)
+        if not isinstance(zeta, Decay):
+            check_zeta(zeta)
+        if every != "epoch" and (type(every) is not int or every < 1):
+            raise ValueError(f"every is {every!r}; allowed is 'epoch' or an int >= 1")
+        if not epsilon > 0:
+            raise ValueError(f"epsilon is {epsilon}; allowed is a float > 0")
+        check_choice("distribution", distribution, ("uniform", "er", "erk"))
+        self.targets = targets
+        self.zeta = zeta
+        self.every = every
+        self.growth = growth
+        self.epsilon = epsilon
+        self.distribution: Distribution = distribution
+        self._growth = growth if isinstance(growth, Growth) else Growth(growth)
+        self._generator = torch.Generator()
+        super().__init__(name)
+        self._begin()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the step, the random generator's state and, where growth looks at them, gradients."""
+        return {
+            **super().state_dict(),
+            "generator": self._generator.get_state(),
+            "stds": dict(self._stds),
+            "epoch": self._epoch,
+            "last": list(self._last),
+            "gradients": {name: _to_state(gradient) for name, gradient in self._gradients.items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state from a checkpoint."""
+        super().load_state_dict(state_dict)
+        self._generator.set_state(state_dict["generator"])
+        self._stds = dict(state_dict["stds"])
+        self._epoch = state_dict["epoch"]
+        zeta, exchanged = state_dict["last"]
+        self._last = (zeta, exchanged)
+        self._gradients = {name: _from_state(gradient) for name, gradient in state_dict["gradients"].items()}
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._generator.manual_seed(self._growth.seed)
+        self._stds = dict[str, float]()
+        self._epoch = 0
+        self._last = (0.0, 0)
+        self._gradients = dict[str, Tensor | list[Factors]]()
+        self._pending = dict[str, Tensor | list[Factors]]()
+
+    # Before training
+
+    def _find_budgets(self, sparsity: Sparsity, pl_module: LightningModule) -> list[Budget]:
+        found = [target for group in resolve(pl_module, self.targets).values() for target in group]
+        for target in found:
+            if target.axes.input is None or target.axes.member is not None:
+                raise ValueError(
+                    f"targets: {target.name!r} is no weight of a layer, or of a stack; allowed are weights"
+                )
+            sparsity.add_mask(target.name)
+        return [
+            Budget(target.name, (target.name,), "connection", sparsity.masks[target.name].n_live) for target in found
+        ]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the targets, and let connections of dense ones rest."""
+        super().on_fit_start(trainer, pl_module)
+        fit = self._running()
+        masks = fit.sparsity.masks
+        for name, n in self._planted(fit.sparsity, pl_module).items():
+            plant_(fit.sparsity, name, n, generator=self._generator, agree=partial(broadcast, trainer))
+        fit.budgets = self._find_budgets(fit.sparsity, pl_module)
+        fit.planned = True
+        for name in fit.names:
+            live = fit.sparsity.tensors[name].detach().flatten()[masks[name].live_cells]
+            self._stds.setdefault(name, float(live.std(correction=0)) if len(live) else 0.0)
+
+    def _planted(self, sparsity: Sparsity, pl_module: LightningModule) -> dict[str, int]:
+        """Return how many connections each layer begins with that is not sparse yet."""
+        planted: dict[str, int] = {}
+        for pattern, group in resolve(pl_module, self.targets).items():
+            dense = {target.name: target for target in group if _is_dense(sparsity, target)}
+            shapes = {name: tuple(target.axes.view(target.parameter).shape[1:]) for name, target in dense.items()}
+            if isinstance(self.targets, list):
+                planted |= {
+                    name: min(
+                        target.parameter.numel(),
+                        math.prod(shapes[name][2:]) * n_connections(shapes[name][1], shapes[name][0], self.epsilon),
+                    )
+                    for name, target in dense.items()
+                }
+                continue
+            sizes = {name: target.parameter.numel() for name, target in dense.items()}
+            wanted = self.targets[pattern]
+            if self.distribution == "uniform":
+                planted |= {name: n_keep(wanted, size, name) for name, size in sizes.items()}
+            elif dense:
+                total = n_keep(wanted, sum(sizes.values()), pattern)
+                planted |= shared_out(shapes, total, self.distribution)
+        return {name: planted[name] for name in sorted(planted)}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that it is known when to act."""
+        super().on_train_start(trainer, pl_module)
+        if isinstance(self.zeta, Decay) and not math.isfinite(trainer.estimated_stepping_batches):
+            raise ValueError(
+                f"zeta is {self.zeta}, which ends after a fraction of the run, whose number of optimizer steps is not known "
+                "here; allowed is a float, or max_steps or max_epochs on the Trainer"
+            )
+        if self.every == "epoch" and self._growth.window and not math.isfinite(trainer.num_training_batches):
+            raise ValueError(
+                f"growth is {self._growth.kind!r}, which looks at an epoch's last batches, but the number of batches is not "
+                "known; allowed is every=N, or growth='random'"
+            )
+
+    def _plan(self, fit: Fit) -> None:
+        """Do nothing: it is known what is done when, whatever the network looks like."""
+
+    # Watching
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Watch the gradients, if connections grow by them soon."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        fit = self._running()
+        fit.watching.close()
+        if not self._is_watched(trainer, batch_idx):
+            return
+        listed = {name: layer for name, layer in layers_of(pl_module).items() if name in fit.names}
+        listed = {name: layer for name, layer in listed.items() if isinstance(fit.sparsity.masks[name], ListMask)}
+        if listed:
+            fit.watching.enter_context(running_eagerly(pl_module))
+        for name, layer in listed.items():
+            hook = layer.register_forward_hook(partial(self._watch, name), with_kwargs=True)
+            fit.watching.callback(hook.remove)
+
+    def _is_watched(self, trainer: Trainer, batch_idx: int) -> bool:
+        window = self._growth.window
+        if self.every == "epoch":
+            return trainer.num_training_batches - batch_idx <= window * trainer.accumulate_grad_batches
+        return self.every - self._step % self.every <= window
+
+    def _watch(
+        self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        x = (args[0] if args else kwargs["x"]).detach()
+        x = x.reshape(-1, x.shape[-1])  # (row, input)
+
+        def keep(gradient: Tensor) -> None:
+            factors = self._pending.setdefault(name, [])
+            assert isinstance(factors, list)
+            factors.append(Factors(gradient.detach().reshape(len(x), -1), x, 1.0))
+
+        if output.requires_grad:
+            output.register_hook(keep)  # type: ignore[no-untyped-call]
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the hooks off, so that the module can be copied."""
+        if pl_module.automatic_optimization:
+            self._running().watching.close()
+
+    def _before_masking(self, fit: Fit, optimizer: Optimizer) -> None:
+        if not self._is_watched(fit.trainer, fit.trainer.fit_loop.epoch_loop.batch_idx):
+            return
+        for name in fit.names:
+            parameter = fit.sparsity.tensors[name]
+            dense = not isinstance(fit.sparsity.masks[name], ListMask)
+            if dense and parameter.grad is not None and optimizer_of([optimizer], parameter) is not None:
+                self._pending[name] = parameter.grad.detach().clone()
+
+    def _take_in(self) -> None:
+        """Take in the gradients of the step that was just made."""
+        for name, new in self._pending.items():
+            old = self._gradients.get(name)
+            if isinstance(new, Tensor):
+                self._gradients[name] = new if old is None else new.add_(old, alpha=MEMORY)  # type: ignore[arg-type]
+            else:
+                aged = [part._replace(scale=MEMORY * part.scale) for part in old or ()]
+                self._gradients[name] = aged + new
+        self._pending = {}
+
+    # Rewiring
+
+    @torch.no_grad()
+    def _after_step(self, fit: Fit) -> None:
+        fit.watching.close()
+        self._take_in()
+        is_last = self._step >= fit.trainer.estimated_stepping_batches
+        if self.every != "epoch" and self._step % self.every == 0 and not is_last:
+            self._rewire(fit)
+
+    @torch.no_grad()
+    def _between_epochs(self, fit: Fit) -> None:
+        if self.every == "epoch" and self._epoch < fit.trainer.current_epoch:
+            self._epoch = fit.trainer.current_epoch
+            self._rewire(fit)
+
+    def _rewire(self, fit: Fit) -> None:
+        total = fit.trainer.estimated_stepping_batches
+        zeta = self.zeta(self._step, total) if isinstance(self.zeta, Decay) else self.zeta
+        exchanged = 0
+        for name in sorted(fit.names):
+            if self._growth.kind != "random" and name not in self._gradients:
+                raise ValueError(
+                    f"{self.name}: growth is {self._growth.kind!r}, but no gradient of {name!r} was seen; allowed is "
+                    "growth='random', or a layer that runs in every batch"
+                )
+            try:
+                exchanged += rewire_(
+                    fit.sparsity,
+                    name,
+                    zeta,
+                    std=self._stds[name] if self._growth.std == "initial" else self._growth.std,
+                    gradient=self._gradients.get(name),
+                    optimizers=fit.optimizers,
+                    generator=self._generator,
+                    agree=partial(broadcast, fit.trainer),
+                )
+            except ValueError as error:
+                raise ValueError(f"{self.name}: at step {self._step}, {error}") from error
+        self._gradients = {}
+        self._last = (zeta, exchanged)
+
+    def _values(self, fit: Fit) -> dict[str, float]:
+        zeta, exchanged = self._last
+        return {**self._layer_values(fit), "zeta": zeta, "exchanged": exchanged}
+
+
+def _is_dense(sparsity: Sparsity, target: Target) -> bool:
+    """Tell whether nothing of a weight rests or is removed yet."""
+    mask = sparsity.masks[target.name]
+    return not isinstance(mask, ListMask) and mask.n_live == mask.dead.numel()
+
+
+def _to_state(gradient: Tensor | list[Factors]) -> Any:
+    if isinstance(gradient, Tensor):
+        return gradient.cpu()
+    return [[part.output_gradient.cpu(), part.x.cpu(), part.scale] for part in gradient]
+
+
+def _from_state(state: Any) -> Tensor | list[Factors]:
+    return state if isinstance(state, Tensor) else [Factors(*part) for part in state]

@@ -1,0 +1,351 @@
+"""Rewiring: the weakest connections of a layer make room for as many new ones (SET, RigL)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_cpna.cells import cells_of, count_true, fill_cells_, put_cells_
+from lightning_cpna.masks import ListMask, keep_top_rows
+from lightning_cpna.moments import moments_of, optimizer_of
+from lightning_cpna.pattern import draw_cells
+from lightning_cpna.sparsity import Sparsity
+from lightning_cpna.targets import ListedAxes
+
+GrowthKind = Literal["random", "gradient", "momentum"]
+DecayKind = Literal["cosine", "linear", "cubic"]
+BLOCK = 2**22  # chosen: gradients of a sparse layer that are computed at a time
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Which connections come, and with which weights.
+
+    Attributes:
+        kind: One of
+
+            - ``"random"``: any that is free (SET, Mocanu et al. 2018).
+            - ``"gradient"``: those whose gradient in the last batch is largest (RigL, Evci et al. 2020).
+            - ``"momentum"``: those whose gradients in the last 20 batches are, weighted by 0.9 to the power of their age
+              (sparse momentum, Dettmers and Zettlemoyer 2019).
+        std: They begin with ``N(0, std^2)``; 0 is zero, "initial" the standard deviation of the layer's weights when
+            training started.
+        seed: The seed of what is drawn.
+
+    Example:
+        >>> Growth("random", std=0.1)
+        Growth(kind='random', std=0.1, seed=0)
+    """
+
+    kind: GrowthKind = "random"
+    std: float | Literal["initial"] = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        kinds = GrowthKind.__args__  # type: ignore[attr-defined]
+        if self.kind not in kinds:
+            raise ValueError(f"growth is {self.kind!r}; allowed is one of {', '.join(kinds)}, or a Growth")
+        if self.std != "initial" and not (isinstance(self.std, int | float) and 0 <= self.std < math.inf):
+            raise ValueError(f"std is {self.std!r}; allowed is a float >= 0, or 'initial'")
+
+    @property
+    def window(self) -> int:
+        """How many batches' gradients are looked at."""
+        return {"random": 0, "gradient": 1, "momentum": 20}[self.kind]
+
+
+@dataclass(frozen=True)
+class Decay:
+    """A fraction that falls to zero while the run goes on, where rewiring ends.
+
+    Attributes:
+        zeta: The fraction at the start.
+        kind: "cosine": ``zeta / 2 * (1 + cos(pi t))`` (RigL, Eq. 1), "linear": ``zeta * (1 - t)``, "cubic":
+            ``zeta * (1 - t)^3``.
+        end: Where it is zero, as a fraction of the run.
+
+    Example:
+        >>> [round(Decay(0.3, end=0.75)(step, 100), 3) for step in (0, 30, 75, 90)]
+        [0.3, 0.196, 0.0, 0.0]
+    """
+
+    zeta: float = 0.3
+    kind: DecayKind = "cosine"
+    end: float = 0.75
+
+    def __post_init__(self) -> None:
+        check_zeta(self.zeta)
+        kinds = DecayKind.__args__  # type: ignore[attr-defined]
+        if self.kind not in kinds:
+            raise ValueError(f"kind is {self.kind!r}; allowed is one of {', '.join(kinds)}")
+        if not 0 < self.end <= 1:
+            raise ValueError(f"end is {self.end}; allowed is a fraction of the run in (0, 1]")
+
+    def __call__(self, step: int, total: float) -> float:
+        """Return the fraction at an optimizer step of a run of so many."""
+        t = min(1.0, step / (self.end * total))
+        if self.kind == "cosine":
+            return self.zeta / 2 * (1 + math.cos(math.pi * t))
+        return self.zeta * (1 - t) ** (1 if self.kind == "linear" else 3)
+
+
+def check_zeta(zeta: float) -> None:
+    """Raise if a fraction is none."""
+    if not (isinstance(zeta, float) and 0 < zeta < 1):
+        raise ValueError(f"zeta is {zeta!r}; allowed is a float in (0, 1)")
+
+
+class Factors(NamedTuple):
+    """One batch's gradient of a linear layer, ``scale * output_gradient' x``, never multiplied out.
+
+    Attributes:
+        output_gradient: ``(row, unit)``.
+        x: ``(row, input)``.
+        scale: How much it counts.
+    """
+
+    output_gradient: Tensor
+    x: Tensor
+    scale: float
+
+
+class Decision(NamedTuple):
+    """What a rewiring does.
+
+    Attributes:
+        dying: Which connections go, as cells of the flattened parameter, int64 ``(n,)``.
+        born: Which come: ``unit * inputs + input`` (or cells of the flattened dense parameter), int64 ``(n,)``.
+        values: With which weights, float64 ``(n,)``.
+    """
+
+    dying: Tensor
+    born: Tensor
+    values: Tensor
+
+
+def weakest(weights: Tensor, zeta: float, generator: torch.Generator | None = None) -> Tensor:
+    """Mark the zeta fraction of the smallest positive and of the largest negative weights (SET).
+
+    Weights that are exactly zero count inside the fraction, and go first; of more of them than go, random ones do.
+
+    Args:
+        weights: ``(n,)``.
+        zeta: The fraction.
+        generator: Chooses among zeros; a CPU generator.
+
+    Returns:
+        Bool ``(n,)``.
+
+    Raises:
+        ValueError: If a weight is not finite.
+
+    Example:
+        >>> weakest(torch.tensor([0.1, 0.5, -0.2, -0.9, 0.3, -0.4]), zeta=0.34)
+        tensor([ True, False,  True, False, False, False])
+    """
+    if n_bad := len(weights) - count_true(torch.isfinite(weights)):
+        raise ValueError(f"{n_bad} of {len(weights)} weights are not finite; which are the weakest would be arbitrary")
+    zeros = cells_of(weights == 0)
+    n_gone = math.floor(zeta * len(weights) + 1e-9)
+    if len(zeros) > n_gone:
+        zeros = zeros[torch.randperm(len(zeros), generator=generator)[:n_gone].sort().values.to(zeros.device)]
+        rest = 0.0
+    else:
+        rest = (zeta * len(weights) - len(zeros)) / max(1, len(weights) - len(zeros))
+    gone = torch.zeros(len(weights), dtype=torch.bool, device=weights.device)
+    gone[zeros] = True
+    for signed in (weights, -weights):
+        places = cells_of(signed > 0)
+        n_stay = len(places) - math.floor(rest * len(places) + 1e-9)
+        stay, _ = keep_top_rows(signed.index_select(0, places)[None], n_stay)
+        gone[places[~stay[0]]] = True
+    return gone
+
+
+@torch.no_grad()
+def rewire_(
+    sparsity: Sparsity,
+    name: str,
+    zeta: float,
+    *,
+    std: float = 0.0,
+    gradient: Tensor | Sequence[Factors] | None = None,
+    optimizers: Iterable[Optimizer] = (),
+    generator: torch.Generator | None = None,
+    agree: Callable[[Decision], Decision] = lambda decision: decision,
+) -> int:
+    """Let the weakest connections of a layer go and as many others come, in place.
+
+    The number of connections stays exactly what it is. One that has just gone is free, and may come back; what is removed
+    for good never does. Weights that come have no moments, those of all others are left as they are.
+
+    Args:
+        sparsity: The module and its masks.
+        name: The layer's weight: with a mask, or of a ``SparseLinear``.
+        zeta: Which fraction goes, see ``weakest``.
+        std: New weights begin with ``N(0, std^2)``.
+        gradient: Those with the largest gradients come: of the weight's shape, or, of a ``SparseLinear``, its factors. None:
+            random ones do.
+        optimizers: Where the moments are.
+        generator: For what is drawn; a CPU generator, None is torch's global one.
+        agree: Given the decision, answers the one that every process takes.
+
+    Returns:
+        How many were exchanged.
+
+    Raises:
+        ValueError: If a weight is not finite.
+
+    Example:
+        >>> from lightning_cpna import SparseLinear, Sparsity
+        >>> layer = SparseLinear(100, 50, epsilon=2)
+        >>> rewire_(Sparsity(layer), "weight", zeta=0.3) in range(88, 91), len(layer.weight)
+        (True, 300)
+    """
+    sparsity.add_mask(name)
+    target, mask = sparsity.targets[name], sparsity.masks[name]
+    parameter, axes = target.parameter, target.axes
+    live = mask.live_cells
+    try:
+        gone = weakest(parameter.detach().flatten().index_select(0, live), zeta, generator)
+    except ValueError as error:
+        raise ValueError(f"rewiring {name!r}: {error}") from error
+    dying = live[gone]
+    if isinstance(axes, ListedAxes) and isinstance(mask, ListMask):
+        grid: _Flat = _Grid(axes, mask, dying)
+    else:
+        there = mask.live.flatten()
+        there[dying] = False
+        grid = _Flat(cells_of(there | mask.removed.flatten()), there.numel())
+    born = grid.draw(len(dying), generator) if gradient is None else grid.best(gradient, len(dying))
+    values = torch.zeros(len(dying), dtype=torch.float64)
+    if std:
+        values = torch.randn(len(dying), dtype=torch.float64, generator=generator) * std
+    dying, born, values = agree(Decision(dying, born, values))
+    optimizer = optimizer_of(optimizers, parameter)
+    if isinstance(axes, ListedAxes) and isinstance(mask, ListMask):
+        dead = axes.layer.cells[mask.dead]
+        axes.layer.rewire_(dying, born, values, [] if optimizer is None else [optimizer])
+        mask.follow_(torch.searchsorted(axes.layer.cells, dead))
+    else:
+        tensors = [] if optimizer is None else [value for _, value in moments_of(optimizer, parameter)]
+        for tensor in [parameter, *tensors, *([] if parameter.grad is None else [parameter.grad])]:
+            fill_cells_(tensor, dying, 0)
+            fill_cells_(tensor, born, 0)
+        put_cells_(parameter, born, values)
+        mask.move_(dying, born)
+    return len(dying)
+
+
+@torch.no_grad()
+def plant_(
+    sparsity: Sparsity,
+    name: str,
+    n: int,
+    *,
+    generator: torch.Generator | None = None,
+    agree: Callable[[Tensor], Tensor] = lambda cells: cells,
+) -> None:
+    """Leave a dense layer random connections, in place; the others rest, and may be grown.
+
+    The weights that live are divided by the square root of the density, so that what the units sum up varies as before.
+
+    Args:
+        sparsity: The module and its masks.
+        name: The layer's weight, all of which lives.
+        n: How many connections live.
+        generator: A CPU generator; None is torch's global one.
+        agree: Given the cells that live, answers those that every process takes.
+
+    Example:
+        >>> from lightning_cpna import Sparsity
+        >>> net = torch.nn.Linear(10, 4)
+        >>> plant_(Sparsity(net), "weight", 8)
+        >>> int(net.weight.count_nonzero())
+        8
+    """
+    sparsity.add_mask(name)
+    mask, parameter = sparsity.masks[name], sparsity.targets[name].parameter
+    nothing = torch.empty(0, dtype=torch.int64, device=parameter.device)
+    live = agree(draw_cells(nothing, parameter.numel(), n, generator)).to(parameter.device)
+    resting = torch.ones(parameter.numel(), dtype=torch.bool, device=parameter.device)
+    resting[live] = False
+    mask.move_(cells_of(resting), nothing)
+    mask.apply_(parameter)
+    parameter.div_(math.sqrt(n / parameter.numel()))
+
+
+class _Flat:
+    """The cells of a dense layer, some of which are taken."""
+
+    def __init__(self, taken: Tensor, n_cells: int) -> None:
+        self.taken, self.n_cells = taken, n_cells
+
+    def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        return draw_cells(self.taken, self.n_cells, n, generator)
+
+    def best(self, gradient: Tensor | Sequence[Factors], n: int) -> Tensor:
+        assert isinstance(gradient, Tensor)
+        scores = gradient.abs().flatten()
+        scores[self.taken] = -torch.inf
+        best, _ = keep_top_rows(scores[None], n)
+        return cells_of(best[0])
+
+
+class _Grid(_Flat):
+    """The cells of a sparse layer that are not closed, numbered one after another."""
+
+    def __init__(self, axes: ListedAxes, mask: ListMask, dying: Tensor) -> None:
+        self.layer, self.mask = axes.layer, mask
+        staying = torch.ones(len(mask.dead), dtype=torch.bool, device=mask.dead.device)
+        staying[dying] = False
+        taken = axes.layer.cells[staying]
+        if len(mask.cells):
+            taken = torch.unique(torch.cat([taken, mask.cells]))
+        self.units, self.inputs = cells_of(~mask.units), cells_of(~mask.inputs)
+        self.is_whole = len(self.units) == len(mask.units) and len(self.inputs) == len(mask.inputs)
+        super().__init__(self._number(taken), len(self.units) * len(self.inputs))
+
+    def _number(self, cells: Tensor) -> Tensor:
+        """Turn cells of the layer into those of the grid; closed ones are left out."""
+        if self.is_whole:
+            return cells
+        units, inputs = cells // self.layer.in_features, cells % self.layer.in_features
+        is_open = ~(self.mask.units[units] | self.mask.inputs[inputs])
+        place = (~self.mask.units).cumsum(0) - 1, (~self.mask.inputs).cumsum(0) - 1
+        return place[0][units[is_open]] * len(self.inputs) + place[1][inputs[is_open]]
+
+    def _cells(self, numbers: Tensor) -> Tensor:
+        if self.is_whole:
+            return numbers
+        units, inputs = numbers // len(self.inputs), numbers % len(self.inputs)
+        return self.units[units] * self.layer.in_features + self.inputs[inputs]
+
+    def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
+        return self._cells(super().draw(n, generator))
+
+    def best(self, gradient: Tensor | Sequence[Factors], n: int) -> Tensor:
+        """Find the largest gradients a block of units at a time."""
+        assert not isinstance(gradient, Tensor)
+        width = len(self.inputs)
+        scores, found = torch.empty(0, device=self.taken.device), self.taken[:0]
+        for units in torch.split(torch.arange(len(self.units), device=self.taken.device), max(1, BLOCK // width)):
+            block = sum(
+                part.scale * part.output_gradient[:, self.units[units]].t() @ part.x[:, self.inputs]
+                for part in gradient
+            )
+            assert isinstance(block, Tensor)
+            start, stop = int(units[0]) * width, (int(units[-1]) + 1) * width
+            first, last = torch.searchsorted(self.taken, torch.tensor([start, stop], device=self.taken.device)).tolist()
+            new = block.abs().flatten()
+            new[self.taken[first:last] - start] = -torch.inf
+            scores, found = torch.cat([scores.to(new), new]), torch.cat([found, torch.arange(start, stop).to(found)])
+            best, _ = keep_top_rows(scores[None], min(n, len(scores)))
+            scores, found = scores[best[0]], found[best[0]]
+        return self._cells(found)
