@@ -83,6 +83,10 @@ def git_blob(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
+def _named(folder: Path | None) -> Path | None:
+    return folder or (Path(os.environ[DATA_VARIABLE]) if os.environ.get(DATA_VARIABLE) else None)
+
+
 def fetch(name: str, url: str, folder: Path | None) -> Path:
     """Find a file in a local folder, else download it once into the cache; either way, check it.
 
@@ -95,7 +99,7 @@ def fetch(name: str, url: str, folder: Path | None) -> Path:
         FileNotFoundError: If a folder is named and does not have it.
         ValueError: If its checksum is not the published file's; a download is then deleted from the cache.
     """
-    named = folder or (Path(os.environ[DATA_VARIABLE]) if os.environ.get(DATA_VARIABLE) else None)
+    named = _named(folder)
     if named is None:
         cache = pooch.create(pooch.os_cache("lightning_cpna"), "", registry={name: None}, urls={name: url})
         path = Path(cache.fetch(name))
@@ -149,6 +153,12 @@ def digits(seed: int) -> Splits:
         return Split(torch.from_numpy(x[rows] / 16).float(), torch.from_numpy(y[rows]))
 
     return Splits(split(train), split(validation), split(test))
+
+
+def is_here(name: str, folder: Path | None = None) -> bool:
+    """Tell whether an ASU set can be had: it is in the local folder, or no folder is named, so that it is downloaded."""
+    named = _named(folder)
+    return named is None or (named / "asu" / ASU[name].file).is_file()
 
 
 def asu(name: str, seed: int, folder: Path | None = None) -> tuple[Split, Split]:

@@ -34,7 +34,7 @@ class SparseLinear(nn.Module):
         epsilon: About how many connections: ``round(epsilon * (in_features + out_features))``, or all if that is more (SET,
             Mocanu et al. 2018, Eq. 1).
         bias: Whether units have a bias.
-        replace: Whether connections are drawn with replacement, so that there are slightly fewer (as NPSET counts).
+        replace: Whether so many connections are drawn with replacement, so that there are slightly fewer (as in NPSET).
         generator: Draws the connections and their values; None is torch's global one.
         device: Where the layer is made.
         dtype: The type of the values.
@@ -88,7 +88,8 @@ class SparseLinear(nn.Module):
         self._build(in_features, out_features, bias, device, dtype)
         n_cells = in_features * out_features
         if replace:
-            cells = torch.unique(torch.randint(n_cells, (n,), generator=generator))
+            n_draws = max(1, round(epsilon * (in_features + out_features)))
+            cells = torch.unique(torch.randint(n_cells, (n_draws,), generator=generator))
         else:
             cells = draw_cells(torch.empty(0, dtype=torch.int64), n_cells, n, generator)
         self.set_cells_(cells)

@@ -1,0 +1,117 @@
+"""SET and NPSET on the ASU data sets: `python -m examples.asu`, `--table2`, `--table3`, `--figure1`, `--figure2`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import joblib
+from rich.console import Console
+from rich.progress import track
+
+from examples.asu.figures import figure1, figure2, removal
+from examples.asu.problem import PROBLEMS
+from examples.asu.tables import pivot, table2, table3
+from examples.asu.training import METHODS, Row, run
+from examples.data import is_here
+
+FIGURE_SETS = ["Lung-discrete", "Yale", "madelon", "PCMAC"]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m examples.asu", description=__doc__)
+    parser.add_argument("--set", nargs="+", choices=PROBLEMS, dest="sets", help="data sets (default: Lung-discrete)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="methods (default: SET NPSET)")
+    parser.add_argument("--table2", action="store_true", help="six methods on every data set that is there")
+    parser.add_argument("--table3", action="store_true", help="sizes and compression of all 15, without training")
+    parser.add_argument("--figure1", action="store_true", help="accuracy against removed neurons, on four data sets")
+    parser.add_argument(
+        "--figure2", action="store_true", help="learning curves of SET, NPSET and Dense, on four data sets"
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="how many seeds (default: 1)")
+    parser.add_argument("--first-seed", type=int, default=100, help="the first of them (default: 100)")
+    parser.add_argument(
+        "--validate", action="store_true", help="hold out a quarter of the training part instead of the test"
+    )
+    parser.add_argument("--data", type=Path, help="folder with asu/*.mat (default: LIGHTNING_CPNA_DATA, or download)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="parallel processes (default: the cores)")
+    parser.add_argument("--out", type=Path, default=Path("runs/asu"), help="where everything is written")
+    args = parser.parse_args(arguments)
+    for name in ("seeds", "jobs"):
+        if getattr(args, name) < 1:
+            parser.error(f"argument --{name}: {getattr(args, name)} is too small; allowed is 1 or more")
+    return args
+
+
+def train_all(args: argparse.Namespace, sets: Sequence[str], methods: Sequence[str], console: Console) -> list[Row]:
+    """Train every method on every data set with every seed; what was finished before is read, not run again."""
+    folder = args.out / ("validation" if args.validate else "runs")
+    folder.mkdir(parents=True, exist_ok=True)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    wanted = [
+        (name, method, seed, folder / f"{name}_{method.replace(' ', '_')}_{seed}.json")
+        for seed in seeds
+        for method in methods
+        for name in sets
+    ]
+    missing = [job for job in wanted if not job[3].is_file()]
+    calls = [
+        joblib.delayed(_train)(name, method, seed, args.data, args.validate, file)
+        for name, method, seed, file in missing
+    ]
+    runs = joblib.Parallel(n_jobs=args.jobs, return_as="generator_unordered")(calls)
+    for _ in track(runs, "training", total=len(calls), console=console):
+        pass
+    return [json.loads(file.read_text()) for *_, file in wanted]
+
+
+def _train(name: str, method: str, seed: int, folder: Path | None, validate: bool, file: Path) -> None:
+    row, _ = run(name, method, seed, folder, validate=validate)
+    unfinished = file.with_suffix(".part")
+    unfinished.write_text(json.dumps(row) + "\n")
+    unfinished.rename(file)
+
+
+def save(rows: list[Row], file: Path, console: Console) -> None:
+    """Write results, one a line."""
+    file.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    console.print(f"results:  {file}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what was asked for."""
+    args = parse(arguments)
+    console = Console()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.table3:
+        console.print(table3())
+    if args.table2:
+        sets = args.sets or [name for name in PROBLEMS if is_here(name, args.data)]
+        rows = train_all(args, sets, args.methods or METHODS[:6], console)
+        save(rows, args.out / "table2.json", console)
+        console.print(table2(rows))
+    if args.figure1:
+        calls = [
+            joblib.delayed(removal)(name, args.first_seed + i, args.data)
+            for name in args.sets or FIGURE_SETS
+            for i in range(args.seeds)
+        ]
+        found = joblib.Parallel(n_jobs=args.jobs, return_as="generator")(calls)
+        rows = [row for part in track(found, "removing", total=len(calls), console=console) for row in part]
+        save(rows, args.out / "figure1.json", console)
+        console.print(f"figure:   {figure1(rows, args.out)}")
+    if args.figure2:
+        rows = train_all(args, args.sets or FIGURE_SETS, ("SET", "NPSET", "Dense"), console)
+        save(rows, args.out / "figure2.json", console)
+        console.print(f"figure:   {figure2(rows, args.out)}")
+    if not (args.table2 or args.table3 or args.figure1 or args.figure2):
+        rows = train_all(args, args.sets or ["Lung-discrete"], args.methods or ("SET", "NPSET"), console)
+        console.print(pivot(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Tables 2 and 3 in Markdown; `python -m examples.asu.tables table2.json --readme README.md` puts them into the README."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from examples.asu.problem import EPSILON, NEURONS, PROBLEMS, Problem
+from examples.readme import fill
+from lightning_cpna import SparseLinear, Sparsity, UnitScore, rewire_, trace
+from lightning_cpna.unit_scores import UnitInputs
+
+Row = dict[str, Any]
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Return mean and sample standard deviation.
+
+    Example:
+        >>> mean_and_spread([90.0, 92.0])
+        '91.0 ± 1.4'
+    """
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def _grouped(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["set"], row["method"]), []).append(row)
+    return groups
+
+
+def _order(names: set[str], order: Any) -> list[str]:
+    return [name for name in order if name in names]
+
+
+def pivot(rows: list[Row]) -> str:
+    """Return a table of the runs: accuracy, connections, neurons and time."""
+    lines = [
+        "| data set | method | seeds | best test accuracy | after the last epoch | connections | neurons | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (name, method), group in _grouped(rows).items():
+        best, last = [max(row["test"]) for row in group], [row["test"][-1] for row in group]
+        size = statistics.mean(row["connections"] for row in group)
+        seconds = statistics.mean(row["seconds"] for row in group)
+        lines.append(
+            f"| {name} | {method} | {len(group)} | {mean_and_spread(best)} | {mean_and_spread(last)} | {size:,.0f} | "
+            f"{group[0]['neurons']:,} | {seconds:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def table2(rows: list[Row]) -> str:
+    """Return Table 2: the best test accuracy over the epochs, as the paper reports, and below it that after the last."""
+    from examples.asu.training import METHODS
+
+    groups = _grouped(rows)
+    names = _order({name for name, _ in groups}, PROBLEMS)
+    methods = _order({method for _, method in groups}, METHODS)
+    lines = ["| data set | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+    for name in names:
+        cells = []
+        for method in methods:
+            group = groups.get((name, method), [])
+            if not group:
+                cells.append("")
+                continue
+            paper = (PROBLEMS[name].accuracy or {}).get(method)
+            best, last = [max(row["test"]) for row in group], [row["test"][-1] for row in group]
+            beside = "" if paper is None else f" ({paper})"
+            cells.append(f"{mean_and_spread(best)}{beside}<br>{mean_and_spread(last)}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def planted(problem: Problem, seed: int) -> nn.Sequential:
+    """Draw a network's first connections."""
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    for n_in, n_out in itertools.pairwise(problem.widths):
+        layers += [SparseLinear(n_in, n_out, EPSILON, replace=True), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def expected(n_in: int, n_out: int) -> float:
+    """Return how many different connections are drawn in the mean.
+
+    Example:
+        >>> round(expected(325, 300) + expected(300, 300) + expected(300, 7))
+        13444
+    """
+    cells = n_in * n_out
+    return cells * -math.expm1(EPSILON * (n_in + n_out) * math.log1p(-1 / cells))
+
+
+def n_weights(net: nn.Module) -> int:
+    """Count the connections of a network."""
+    return sum(weight.numel() for name, weight in net.named_parameters() if name.endswith("weight"))
+
+
+def pruned(problem: Problem, seed: int) -> tuple[int, int]:
+    """Grow and prune a network's connections without training: NPSET's neurons and connections."""
+    net = planted(problem, seed)
+    sparsity = Sparsity(net)
+    sparsity.graph = trace(net, torch.zeros(1, problem.widths[0]))
+    first, second, last = sparsity.graph
+    budgets = [budget for name in (first, second) for budget in sparsity.add_budgets(net, {name: 1}, "unit")]
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in range(NEURONS.last + 1):
+        for budget in budgets:
+            [name] = budget.names
+            n = sparsity.n_units(name)
+            stay = NEURONS.n_remaining(epoch, problem.widths[1])
+            if stay < n:
+                inputs = UnitInputs(sparsity.targets[name], sparsity.targets, sparsity.masks, sparsity.graph, generator)
+                sparsity.prune_units_(budget, stay, {name: UnitScore("out_degree")(inputs)})
+        for name in (first, second, last):
+            torch.nn.init.normal_(sparsity.tensors[name], generator=generator)
+            rewire_(sparsity, name, 0.3, generator=generator)
+    return problem.widths[0] + sum(sparsity.n_units(name) for name in (first, second)), n_weights(net)
+
+
+def table3() -> str:
+    """Return Table 3: sizes of all 15 networks from their topologies alone, beside the paper's."""
+    lines = [
+        "| data set | dense | SET | paper | NPSET neurons | paper | NPSET | paper | NPSET / dense |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, problem in PROBLEMS.items():
+        dense = sum(n_in * n_out for n_in, n_out in itertools.pairwise(problem.widths))
+        n_set = round(sum(expected(n_in, n_out) for n_in, n_out in itertools.pairwise(problem.widths)))
+        neurons, n_npset = pruned(problem, seed=0)
+        lines.append(
+            f"| {name} | {dense:,} | {n_set:,} | {_beside(n_set, problem.set_connections)} | {neurons:,} | "
+            f"{problem.npset_neurons:,} | {n_npset:,} | {_beside(n_npset, problem.npset_connections)} | "
+            f"{100 * n_npset / dense:.3f} % |"
+        )
+    return "\n".join(lines)
+
+
+def _beside(measured: int, paper: int) -> str:
+    return f"{paper:,} ({100 * (measured / paper - 1):+.2f} %)"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the tables of committed results, and put them into the README."""
+    parser = argparse.ArgumentParser(prog="python -m examples.asu.tables", description=__doc__)
+    parser.add_argument("results", type=Path, help="table2.json")
+    parser.add_argument("--readme", type=Path, help="the README whose tables are replaced")
+    args = parser.parse_args(arguments)
+    tables = {"Table 2": table2(json.loads(args.results.read_text())), "Table 3": table3()}
+    for title, table in tables.items():
+        print(f"{title}\n\n{table}\n")
+    if args.readme is not None:
+        text = args.readme.read_text()
+        for title, table in tables.items():
+            text = fill(text, title, table)
+        args.readme.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
