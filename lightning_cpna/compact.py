@@ -19,8 +19,18 @@ from lightning_cpna.graph import Graph
 from lightning_cpna.layers import change_input, evaluating, layers_of
 from lightning_cpna.replay import float64_copy, reason, replay, why_not
 from lightning_cpna.shrink import is_shrunk
+from lightning_cpna.sparse import SparseLinear
 from lightning_cpna.sparsity import Sparsity
-from lightning_cpna.surgery import Groups, all_but_one, cut_inputs_, cut_units_, set_shapes_, shapes_of
+from lightning_cpna.surgery import (
+    Groups,
+    all_but_one,
+    cut_inputs_,
+    cut_units_,
+    read_inputs,
+    set_shapes_,
+    shapes_of,
+    width,
+)
 from lightning_cpna.tracing import trace
 
 TOLERANCE = 1e-6
@@ -123,17 +133,14 @@ def compact(
     with evaluating(original):
         work = _Work(copy.deepcopy(original).eval(), inputs)
         work.cut_units()
+        work.drop_zeros()
         features = work.cut_features()
     compacted = work.module
     for name, part in compacted.named_modules():
         part.training = modes[name]
     before, after = cost_of(original, inputs, batch_sizes), cost_of(compacted, work.inputs, batch_sizes)
-    widths = {name: layer.get_parameter("weight").shape[0] for name, layer in layers_of(original).items()}
-    removed = {
-        name: n
-        for name, layer in layers_of(compacted).items()
-        if (n := widths[name] - layer.get_parameter("weight").shape[0])
-    }
+    widths = {name: width(layer) for name, layer in layers_of(original).items()}
+    removed = {name: n for name, layer in layers_of(compacted).items() if (n := widths[name] - width(layer))}
     return Compacted(compacted, features, removed, work.left, before, after)
 
 
@@ -180,6 +187,12 @@ class _Work:
                     cutting = True
                     graph = trace(self.module, *self.inputs)
 
+    def drop_zeros(self) -> None:
+        """Take weights that are zero out of sparse layers."""
+        for layer in layers_of(self.module).values():
+            if isinstance(layer, SparseLinear):
+                layer.drop_(layer.weight.detach() == 0)
+
     def _cut(self, graph: Graph, name: str) -> bool:
         """Cut a layer's dead units; return whether any went."""
         if name in graph.hidden(layers_of(self.module)):
@@ -220,8 +233,9 @@ class _Work:
             sparsity.graph = graph
             sparsity.propagate_means_(name, constant, watch.means())
             for reader in readers:
-                read = graph.at_inputs(constant, reader, name, default=False)[0]
-                sparsity.tensors[reader].data[:, read.to(sparsity.tensors[reader].device)] = 0
+                axes, weight = sparsity.targets[reader].axes, sparsity.tensors[reader].data
+                read = graph.at_inputs(constant, reader, name, default=False).to(weight.device)
+                axes.view(weight).masked_fill_(axes.along_inputs(read, weight), 0)
 
         if why := self._try(fold):
             self.left[name] = f"constant units: {why}"
@@ -231,7 +245,7 @@ class _Work:
         readers: dict[str, nn.Module] = {}
 
         def note(name: str, layer: nn.Module, x: Tensor) -> Tensor:
-            if x is self.inputs[0] and isinstance(layer, nn.Linear):
+            if x is self.inputs[0] and isinstance(layer, nn.Linear | SparseLinear):
                 readers[name] = layer
             return x
 
@@ -241,7 +255,7 @@ class _Work:
             self.module(*self.inputs)
         if not readers:
             return None
-        used = torch.stack([layer.get_parameter("weight").detach().any(0) for layer in readers.values()]).any(0)
+        used = torch.stack([read_inputs(layer) for layer in readers.values()]).any(0)
         unused = all_but_one(~used)
         keep = (~unused).nonzero().flatten()
         if not unused.any():
@@ -280,5 +294,4 @@ class _Work:
 
 def _has_zero_inputs(module: nn.Module) -> bool:
     """Tell whether any layer ignores one of its inputs, so that something may be dead."""
-    weights = (layer.get_parameter("weight").detach() for layer in layers_of(module).values())
-    return any(not bool(weight.movedim(1, 0).flatten(1).any(1).all()) for weight in weights)
+    return any(not bool(read_inputs(layer).all()) for layer in layers_of(module).values())

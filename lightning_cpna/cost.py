@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_cpna.layers import evaluating
+from lightning_cpna.sparse import SparseLinear
 
 REPEATS, SECONDS = 30, 0.5  # chosen: the medians repeat within some percent
 
@@ -25,7 +26,7 @@ class Cost:
 
     Attributes:
         parameters: How many numbers its parameters hold.
-        macs: Multiply-adds of its Linear and Conv modules for one example, biases not counted.
+        macs: Multiply-adds of its Linear, Conv and SparseLinear modules for one example, biases not counted.
         latency: Seconds of a forward pass, the median of up to 30, by batch size.
     """
 
@@ -55,9 +56,12 @@ def cost_of(module: nn.Module, example: Tensor | tuple[Tensor, ...], batch_sizes
         nonlocal macs
         # Every output of a layer, and every input of a transposed one, is one product with its weight.
         passes = args[0] if isinstance(layer, _ConvTransposeNd) else output
-        macs += passes.numel() * math.prod(layer.weight.shape[1:]) // n
+        if isinstance(layer, SparseLinear):  # every row is one product with each connection
+            macs += output.numel() // layer.out_features * len(layer.weight) // n
+        else:
+            macs += passes.numel() * math.prod(layer.weight.shape[1:]) // n
 
-    layers = [part for part in module.modules() if isinstance(part, nn.Linear | _ConvNd)]
+    layers = [part for part in module.modules() if isinstance(part, nn.Linear | _ConvNd | SparseLinear)]
     with evaluating(module), contextlib.ExitStack() as context:
         for layer in layers:
             context.callback(layer.register_forward_hook(count).remove)

@@ -82,6 +82,10 @@ class Graph(Mapping[str, Layer]):
             layer.sources = torch.where(sources >= 0, numbers[sources.clamp(min=0)], -1)
         return Graph(layers)
 
+    def with_axes(self, axes: Mapping[str, Axes]) -> Graph:
+        """Return the same graph of weights with other axes, by name."""
+        return Graph([dataclasses.replace(layer, axes=axes[layer.weight]) for layer in self.values()])
+
     def state_dict(self) -> dict[str, Any]:
         """Return the graph as CPU tensors and Python primitives, without the axes."""
         layers = []

@@ -246,6 +246,24 @@ class ListMask(Mask):
         inputs = torch.zeros(axes.layer.in_features, dtype=torch.bool, device=parameter.device)
         return cls(len(parameter), units, inputs, torch.zeros(0, dtype=torch.int64, device=parameter.device))
 
+    def cut(self, rows: Tensor | None, columns: Tensor | None) -> ListMask:
+        """Return the mask if only some units and inputs stay, int64 (None: all); of the others nothing lives."""
+        units, inputs = _kept(self.units, rows), _kept(self.inputs, columns)
+        numbers = [_numbers(len(self.units), rows), _numbers(len(self.inputs), columns)]
+        unit = numbers[0].to(self.cells.device)[self.cells // len(self.inputs)]
+        place = numbers[1].to(self.cells.device)[self.cells % len(self.inputs)]
+        there = (unit >= 0) & (place >= 0)
+        return ListMask(len(self.dead), units, inputs, unit[there] * len(inputs) + place[there])
+
+    def full(self, kept: Kept) -> ListMask:
+        """Return the mask of the layer before some units and inputs were cut, which are removed for good."""
+        assert kept.columns is not None
+        rows, columns = kept.rows.to(self.cells.device), kept.columns.to(self.cells.device)
+        units, inputs = self.units.new_ones(kept.shape[0]), self.inputs.new_ones(kept.shape[1])
+        units[rows], inputs[columns] = self.units, self.inputs
+        unit, place = self.cells // len(self.inputs), self.cells % len(self.inputs)
+        return ListMask(len(self.dead), units, inputs, rows[unit] * kept.shape[1] + columns[place])
+
     def close_(self, units: Tensor | None = None, inputs: Tensor | None = None) -> None:
         """Remember that some units or inputs, bool ``(group,)``, are removed for good."""
         if units is not None:
@@ -300,6 +318,19 @@ class ListMask(Mask):
         mask = cls(state["shape"][0], units, inputs, closed["cells"])
         mask.remove_(unpack(state["removed"], state["shape"]))
         return mask
+
+
+def _kept(values: Tensor, places: Tensor | None) -> Tensor:
+    return values if places is None else values[places.to(values.device)]
+
+
+def _numbers(n: int, places: Tensor | None) -> Tensor:
+    """Return the new number of each of ``n``, -1 where it does not stay, int64 ``(n,)``."""
+    if places is None:
+        return torch.arange(n)
+    numbers = torch.full((n,), -1)
+    numbers[places.cpu()] = torch.arange(len(places))
+    return numbers
 
 
 @dataclass
@@ -413,7 +444,9 @@ class Masks(Mapping[str, Mask]):
         """Return the masks in the full shapes of parameters that were made smaller; what was cut is removed for good."""
         masks = Masks()
         for name, mask in self._masks.items():
-            if name in kept:
+            if name in kept and isinstance(mask, ListMask):
+                mask = mask.full(kept[name])
+            elif name in kept:
                 mask = Mask(kept[name].expand(mask.dead, True), kept[name].expand(mask.removed, True))
             masks._masks[name] = mask
         return masks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_cpna.graph import Graph
 from lightning_cpna.layers import change_input, layers_of, n_kernel_axes
-from lightning_cpna.masks import Kept, Mask
+from lightning_cpna.masks import Kept, ListMask, Mask
 from lightning_cpna.moments import is_elementwise, replace_, set_tensor_
 from lightning_cpna.replay import float64_copy, replay, why_not
 from lightning_cpna.report import may_feed
+from lightning_cpna.sparse import SparseLinear, starts
 from lightning_cpna.sparsity import Sparsity
 from lightning_cpna.surgery import all_but_one, set_widths
 
@@ -73,7 +75,8 @@ class Shrinking:
         self._handles: list[RemovableHandle] = []
         for name, layer in self._layers.items():
             local = {"weight": name} | ({"bias": _bias(name)} if layer.bias is not None else {})
-            files = _FullFiles(sparsity.kept, local)
+            kind = _FullLists if isinstance(layer, SparseLinear) else _FullFiles
+            files = kind(sparsity.kept, local)
             self._handles += [
                 layer._register_state_dict_hook(files.save),  # type: ignore[no-untyped-call]
                 layer._register_load_state_dict_pre_hook(files.load),  # type: ignore[no-untyped-call]
@@ -193,7 +196,13 @@ class Shrinking:
         self._sparsity.graph = graph.cut(rows, columns)
 
     def _cut_parameter(self, name: str, rows: Tensor | None, columns: Tensor | None) -> None:
-        sparsity = self._sparsity
+        sparsity, layer = self._sparsity, self._layers.get(name)
+        if isinstance(layer, SparseLinear):
+            sparsity.kept[name] = sparsity.kept.get(name, _all_of(layer)).cut(rows, columns)
+            layer.select_(rows, columns, self._optimizers)
+            if isinstance(mask := sparsity.masks.get(name), ListMask):
+                sparsity.masks.replace({name: mask.cut(rows, columns)})
+            return
         parameter = sparsity.tensors[name]
         change = Kept.all_of(parameter).cut(rows, columns)
         sparsity.kept[name] = sparsity.kept.get(name, Kept.all_of(parameter)).cut(rows, columns)
@@ -228,10 +237,23 @@ class Shrinking:
             (optimizer, {p: dict(state) for p, state in optimizer.state.items()}) for optimizer in self._optimizers
         ]
         selects = dict(self._selects)
+        patterns = [
+            partial(
+                layer.set_pattern_,
+                layer.out_features,
+                layer.in_features,
+                layer.crow_indices.clone(),
+                layer.col_indices.clone(),
+            )
+            for layer in self._layers.values()
+            if isinstance(layer, SparseLinear)
+        ]
 
         def undo() -> None:
             for name, (data, gradient) in tensors.items():
                 set_tensor_(sparsity.tensors[name], data, gradient)
+            for set_pattern_ in patterns:
+                set_pattern_()
             for optimizer, state in states:
                 for owner, values in state.items():
                     optimizer.state[owner].update(values)
@@ -247,6 +269,8 @@ class Shrinking:
 
     def _reset_widths(self) -> None:
         for layer in self._layers.values():
+            if isinstance(layer, SparseLinear):
+                continue
             weight = layer.get_parameter("weight")
             set_widths(layer, weight.shape[0], output=True)
             set_widths(layer, weight.shape[1] * getattr(layer, "groups", 1), output=False)
@@ -256,6 +280,9 @@ class Shrinking:
         """Give all tensors their full shapes again, with zeros where something was cut."""
         sparsity = self._sparsity
         for name, kept in sparsity.kept.items():
+            if isinstance(layer := self._layers.get(name), SparseLinear) and kept.columns is not None:
+                layer.spread_(kept.rows, kept.columns, *kept.shape)
+                continue
             replace_(sparsity.tensors[name], kept.expand, self._optimizers)
         sparsity.masks.replace(sparsity.masks.full(sparsity.kept))
         sparsity.kept.clear()
@@ -285,7 +312,10 @@ class Shrinking:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         states = dict(state_dict["state"])
         for index, parameter in enumerate(parameters):
-            kept = self._sparsity.kept.get(names.get(id(parameter), ""))
+            name = names.get(id(parameter), "")
+            if isinstance(self._layers.get(name), SparseLinear):
+                continue
+            kept = self._sparsity.kept.get(name)
             if kept is not None and index in states:
                 shape = parameter.shape if small else kept.shape
                 states[index] = {
@@ -327,6 +357,48 @@ class _FullFiles:
                 if value.ndim > 1 and int(small.count_nonzero()) < int(value.count_nonzero()):
                     raise ValueError(f"{name!r} was made smaller; the file has weights where nothing is left")
                 state_dict[prefix + local] = small
+
+
+class _FullLists(_FullFiles):
+    """The same of a ``SparseLinear``, whose file has a pattern."""
+
+    def save(self, layer: nn.Module, state_dict: dict[str, Any], prefix: str, rest: Any) -> None:
+        """Number units and inputs as in the full layer."""
+        kept, names = self.kept.get(self.names["weight"]), self.names
+        self.names = {local: name for local, name in names.items() if local != "weight"}
+        super().save(layer, state_dict, prefix, rest)
+        self.names = names
+        if kept is None or kept.columns is None or prefix + "crow_indices" not in state_dict:
+            return
+        crow, col = (state_dict[f"{prefix}{part}_indices"] for part in ("crow", "col"))
+        counts = crow.new_zeros(kept.shape[0])
+        counts[kept.rows.to(crow.device)] = crow.diff()
+        state_dict[f"{prefix}crow_indices"] = starts(counts)
+        state_dict[f"{prefix}col_indices"] = kept.columns.to(col)[col]
+        state_dict[f"{prefix}shape"] = torch.tensor(list(kept.shape), device=crow.device)
+
+    def load(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Number units and inputs as in the small layer."""
+        kept, names = self.kept.get(self.names["weight"]), self.names
+        self.names = {local: name for local, name in names.items() if local != "weight"}
+        super().load(state_dict, prefix, *rest)
+        self.names = names
+        shape = state_dict.get(f"{prefix}shape")
+        if kept is None or kept.columns is None or shape is None or shape.tolist() != list(kept.shape):
+            return
+        crow, col = (state_dict[f"{prefix}{part}_indices"] for part in ("crow", "col"))
+        counts = crow.diff()[kept.rows.to(crow.device)]
+        numbers = torch.full((kept.shape[1],), -1, dtype=col.dtype, device=col.device)
+        numbers[kept.columns.to(col.device)] = torch.arange(len(kept.columns), dtype=col.dtype, device=col.device)
+        if int(counts.sum()) < len(col) or bool((numbers[col] < 0).any()):
+            raise ValueError(f"{names['weight']!r} was made smaller; the file has weights where nothing is left")
+        state_dict[f"{prefix}crow_indices"], state_dict[f"{prefix}col_indices"] = starts(counts), numbers[col]
+        state_dict[f"{prefix}shape"] = torch.tensor([len(kept.rows), len(kept.columns)], device=shape.device)
+
+
+def _all_of(layer: SparseLinear) -> Kept:
+    shape = torch.Size((layer.out_features, layer.in_features))
+    return Kept(shape, torch.arange(shape[0]), torch.arange(shape[1]))
 
 
 def is_shrunk(module: nn.Module) -> bool:

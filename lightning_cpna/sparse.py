@@ -242,18 +242,18 @@ class SparseLinear(nn.Module):
             raise ValueError("cells are not ascending; allowed is each connection once, in order")
         units = torch.div(cells, self.in_features, rounding_mode="floor")
         counts = torch.bincount(units, minlength=self.out_features)
-        self._set_pattern(_starts(counts), (cells - units * self.in_features).int())
+        self._set_indices(starts(counts), (cells - units * self.in_features).int())
         if len(self.weight) != len(cells):
             self.weight.data = self.weight.new_zeros(len(cells))
 
-    def _set_pattern(self, crow_indices: Tensor, col_indices: Tensor) -> None:
+    def _set_indices(self, crow_indices: Tensor, col_indices: Tensor) -> None:
         self._put("crow_indices", crow_indices)
         self._put("col_indices", col_indices)
         self._put("order", torch.argsort(self.col_indices, stable=True).int())
         units = torch.arange(self.out_features, dtype=torch.int32, device=self.weight.device)
         units = torch.repeat_interleave(units, self.crow_indices.diff(), output_size=len(self.col_indices))
         self._put("row_indices", units.index_select(0, self.order))
-        self._put("ccol_indices", _starts(torch.bincount(self.col_indices, minlength=self.in_features)))
+        self._put("ccol_indices", starts(torch.bincount(self.col_indices, minlength=self.in_features)))
 
     def _put(self, name: str, indices: Tensor) -> None:
         """Set a buffer, in place where its size stays, so that who holds it (DDP) sees it."""
@@ -276,7 +276,48 @@ class SparseLinear(nn.Module):
         keep = (~dead).nonzero().flatten()
         counts = self.crow_indices.diff() - torch.bincount(self.units[dead], minlength=self.out_features)
         replace_(self.weight, lambda old: old.index_select(0, keep), optimizers)
-        self._set_pattern(_starts(counts), self.col_indices.index_select(0, keep))
+        self._set_indices(starts(counts), self.col_indices.index_select(0, keep))
+
+    @torch.no_grad()
+    def select_(
+        self, units: Tensor | None = None, inputs: Tensor | None = None, optimizers: Iterable[Optimizer] = ()
+    ) -> None:
+        """Keep some units and inputs only, int64 ascending (None: all), and number them anew; the bias is left to you.
+
+        Example:
+            >>> layer = SparseLinear(100, 50, epsilon=2, bias=False)
+            >>> layer.select_(units=torch.arange(20))
+            >>> layer.out_features
+            20
+        """
+        there_out = _marked(units, self.out_features, self.weight.device)
+        there_in = _marked(inputs, self.in_features, self.weight.device)
+        self.drop_(~(there_out[self.units] & there_in[self.col_indices]), optimizers)
+        counts = self.crow_indices.diff()[there_out]
+        columns = (there_in.cumsum(0, dtype=torch.int32) - 1)[self.col_indices]
+        self.set_pattern_(len(counts), int(there_in.sum()), starts(counts), columns)
+
+    @torch.no_grad()
+    def spread_(self, units: Tensor, inputs: Tensor, out_features: int, in_features: int) -> None:
+        """Undo ``select_``: put the units and inputs at their old places, int64 ascending; the bias is left to you.
+
+        Example:
+            >>> layer = SparseLinear(100, 50, epsilon=2, bias=False)
+            >>> layer.select_(units=torch.arange(20))
+            >>> layer.spread_(torch.arange(20), torch.arange(100), 50, 100)
+            >>> layer.out_features
+            50
+        """
+        counts = self.crow_indices.new_zeros(out_features)
+        counts[units.to(counts.device)] = self.crow_indices.diff()
+        columns = inputs.to(counts.device).int()[self.col_indices]
+        self.set_pattern_(out_features, in_features, starts(counts), columns)
+
+    def set_pattern_(self, out_features: int, in_features: int, crow_indices: Tensor, col_indices: Tensor) -> None:
+        """Set the widths and which connections there are; the values and the bias are left to you."""
+        self.out_features, self.in_features = out_features, in_features
+        self.shape.copy_(torch.tensor([out_features, in_features]))
+        self._set_indices(crow_indices, col_indices)
 
     @torch.no_grad()
     def rewire_(self, dying: Tensor, cells: Tensor, values: Tensor, optimizers: Iterable[Optimizer] = ()) -> None:
@@ -354,7 +395,7 @@ class SparseLinear(nn.Module):
             if why := self._refusal(**found):
                 error_msgs.append(f"{prefix.removesuffix('.') or 'SparseLinear'}: {why}")
                 return
-            self._set_pattern(found["crow_indices"].int(), found["col_indices"].int())
+            self._set_indices(found["crow_indices"].int(), found["col_indices"].int())
             if len(self.weight) != len(found["weight"]):
                 self.weight.data = self.weight.new_zeros(len(found["weight"]))
         super()._load_from_state_dict(
@@ -384,10 +425,15 @@ def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: Patte
         weight: The values of the connections, ``(connection,)``.
         bias: ``(out_features,)``, or None.
         pattern: The connections.
+
+    Raises:
+        ValueError: If the last axis has another length than there are inputs.
     """
     if has_torch_function((x, weight)):
         traced: Tensor = handle_torch_function(sparse_linear, (x, weight), x, weight, bias, pattern)
         return traced
+    if x.shape[-1:] != (len(pattern.ccol_indices) - 1,):
+        raise ValueError(f"x has shape {tuple(x.shape)}; allowed is (*, {len(pattern.ccol_indices) - 1})")
     dtype = torch.promote_types(weight.dtype, torch.float32)
     rows = x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
     y = sparse_matmul(weight.to(dtype), rows.t().to(dtype).contiguous(), *pattern)  # (out_features, batch)
@@ -397,7 +443,15 @@ def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: Patte
     return out.reshape(*x.shape[:-1], len(pattern.crow_indices) - 1)
 
 
-def _starts(counts: Tensor) -> Tensor:
+def _marked(kept: Tensor | None, n: int, device: torch.device) -> Tensor:
+    """Mark what is kept of ``n``, bool ``(n,)``."""
+    marked = torch.full((n,), kept is None, device=device)
+    if kept is not None:
+        marked[kept.to(device)] = True
+    return marked
+
+
+def starts(counts: Tensor) -> Tensor:
     """Turn counts into where each begins, and the end, int32."""
     starts = counts.new_zeros(len(counts) + 1, dtype=torch.int32)
     torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -498,7 +498,13 @@ class Sparsity:
             self.masks[name].to_(self.tensors[name].device)
         own = [b for b in self.budgets if len(b.names) == 1 and b.granularity == "connection"]
         wanted = {budget.names[0]: budget.n_end for budget in own}
-        return sparsity_report(self.masks.full(self.kept), self.targets, self.full_graph or self.graph, wanted)
+        targets, graph = dict(self.targets), self.full_graph or self.graph
+        for name, kept in self.kept.items():
+            if isinstance(axes := targets[name].axes, ListedAxes) and kept.columns is not None:
+                targets[name] = replace(targets[name], axes=axes.spread(kept.rows, kept.columns, kept.shape))
+        if graph is not None and self.kept:
+            graph = graph.with_axes({name: target.axes for name, target in targets.items()})
+        return sparsity_report(self.masks.full(self.kept), targets, graph, wanted)
 
     def size(self, name: str) -> int:
         """Return the number of a parameter's connections, in its full shape."""

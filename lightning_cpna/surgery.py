@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_cpna.graph import Graph
 from lightning_cpna.layers import layers_of
+from lightning_cpna.sparse import SparseLinear
 
 _WIDTHS = (
     "in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "num_parameters",
@@ -37,19 +38,40 @@ def cut_units_(module: nn.Module, graph: Graph, name: str, dead: Tensor) -> None
     layers = layers_of(module)
     owner = layers[name]
     keep = (~dead).nonzero().flatten()
-    _replace(owner, "weight", 0, keep)
+    if isinstance(owner, SparseLinear):
+        owner.select_(units=keep)
+    else:
+        _replace(owner, "weight", 0, keep)
+        set_widths(owner, len(keep), output=True)
     if owner.bias is not None:
         _replace(owner, "bias", 0, keep)
-    set_widths(owner, len(keep), output=True)
     for reader in graph.fed_by(name):
         unread = graph.at_inputs(dead[None], reader.weight, name, default=False)[0]
         cut_inputs_(layers[reader.weight], (~unread).nonzero().flatten())
 
 
 def cut_inputs_(layer: nn.Module, keep: Tensor) -> None:
-    """Cut all but some inputs (int64) out of a Linear or Conv, in place."""
+    """Cut all but some inputs (int64) out of a Linear, Conv or SparseLinear, in place."""
+    if isinstance(layer, SparseLinear):
+        layer.select_(inputs=keep)
+        return
     _replace(layer, "weight", 1, keep)
     set_widths(layer, len(keep), output=False)
+
+
+def width(layer: nn.Module) -> int:
+    """Count the units of a Linear, Conv or SparseLinear."""
+    return layer.out_features if isinstance(layer, SparseLinear) else layer.get_parameter("weight").shape[0]
+
+
+def read_inputs(layer: nn.Module) -> Tensor:
+    """Tell which inputs a Linear, Conv or SparseLinear reads with a weight that is not zero, bool ``(input,)``."""
+    weight = layer.get_parameter("weight").detach()
+    if isinstance(layer, SparseLinear):
+        read = torch.zeros(layer.in_features, dtype=torch.bool, device=weight.device)
+        read[layer.col_indices[weight != 0]] = True
+        return read
+    return weight.movedim(1, 0).flatten(1).any(1)
 
 
 def _replace(owner: nn.Module, name: str, axis: int, keep: Tensor) -> None:
@@ -95,6 +117,8 @@ class Groups:
 
     def _of(self, name: str, units: list[int]) -> Any:
         owner = self._layers[name]
+        if isinstance(owner, SparseLinear):
+            raise TypeError("torch-pruning does not know SparseLinear")
         cut = next(cut for kind, cut in self._cuts.items() if isinstance(owner, kind))
         return self._graph.get_pruning_group(owner, cut, units)
 
@@ -104,7 +128,7 @@ class Groups:
         Returns:
             Bool ``(unit,)``; False where nothing reads them.
         """
-        n_units = self._layers[name].get_parameter("weight").shape[0]
+        n_units = width(self._layers[name])
         reads = torch.zeros(n_units, dtype=torch.int64)
         zero = torch.ones(n_units, dtype=torch.bool)
         group = self._of(name, list(range(n_units)))

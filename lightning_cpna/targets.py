@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 from collections.abc import Iterable, Mapping
@@ -129,6 +130,9 @@ class Listed(Protocol):
     def drop_(self, dead: Tensor, optimizers: Iterable[Optimizer]) -> None:
         """Take some connections, bool ``(connection,)``, out of the list and its optimizer's state."""
 
+    def spread_(self, units: Tensor, inputs: Tensor, out_features: int, in_features: int) -> None:
+        """Put the units and inputs at the places that they had in a larger layer."""
+
     def rewire_(self, dying: Tensor, cells: Tensor, values: Tensor, optimizers: Iterable[Optimizer]) -> None:
         """Put other connections in the place of as many."""
 
@@ -146,6 +150,12 @@ class ListedAxes(Axes):
     def view(self, tensor: Tensor) -> Tensor:
         """Return the list."""
         return tensor
+
+    def spread(self, units: Tensor, inputs: Tensor, shape: Iterable[int]) -> ListedAxes:
+        """Return the axes of the layer of which only some units and inputs are left."""
+        full = copy.deepcopy(self.layer)
+        full.spread_(units, inputs, *shape)
+        return ListedAxes(layer=full)
 
     def n_units(self, tensor: Tensor) -> int:
         """See the base."""

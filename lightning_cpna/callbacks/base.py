@@ -257,8 +257,12 @@ class SparsityCallback(Callback):
                 why = "is in no optimizer" if owner is None else "is frozen (requires_grad=False)"
                 raise ValueError(f"targets: {name!r} {why}; allowed are parameters that are trained")
             owners.append(owner)
-        if any(isinstance(fit.sparsity.masks[name], ListMask) for name in fit.names):
-            _refuse_averages(trainer, "connections of a SparseLinear come and go")
+        listed = [name for name in fit.names if isinstance(fit.sparsity.masks[name], ListMask)]
+        if listed and (averaging := _averaging(trainer)):
+            raise ValueError(
+                f"targets: connections of {listed[0]!r}, a SparseLinear, come and go, but {averaging}; allowed are masks "
+                "on a dense layer"
+            )
         fit.handles.append(owners[0].register_step_post_hook(self._count_step))
         if fit.leads:
             self._hold_masks(fit, pl_module)
@@ -467,18 +471,17 @@ def _refuse_to_shrink(trainer: Trainer, pl_module: LightningModule) -> None:
         why = f"{type(trainer.strategy).__name__} trains in {trainer.world_size} processes"
     elif any(is_compiled(part) for part in pl_module.modules()):
         why = "the module is compiled"
+    why = why or _averaging(trainer)
     if why is not None:
         raise ValueError(f"shrink is True, but {why}; allowed is shrink=False, and compact() after the fit")
-    _refuse_averages(trainer, "shrink is True")
 
 
-def _refuse_averages(trainer: Trainer, what: str) -> None:
-    """Raise where weights are averaged whose number changes."""
+def _averaging(trainer: Trainer) -> str | None:
+    """Say which callback keeps averages of the weights, if one does."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if hasattr(callback, "_average_model"):
-            raise ValueError(
-                f"{what}, but {type(callback).__name__} keeps averages of the weights; allowed is one of the two"
-            )
+            return f"{type(callback).__name__} keeps averages of the weights"
+    return None
 
 
 def agree(trainer: Trainer, decision: Tensor) -> Tensor:
