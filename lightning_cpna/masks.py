@@ -183,6 +183,8 @@ class Mask:
 
     def apply_(self, tensor: Tensor) -> None:
         """Set the connections that are not live to zero, in place; what was infinite or NaN there is zero too."""
+        if self.n_live == self.dead.numel():
+            return
         integer = _INTEGERS[tensor.dtype]
         if self._bits is None or self._bits.dtype != integer or self._bits.device != tensor.device:
             self._bits = self.dead.to(tensor.device, integer).sub_(1)
@@ -235,8 +237,8 @@ class ListMask(Mask):
     """
 
     def __init__(self, n: int, units: Tensor, inputs: Tensor, cells: Tensor) -> None:
-        dead = torch.zeros(n, dtype=torch.bool, device=units.device)
-        super().__init__(dead, dead.clone())
+        nothing = torch.zeros(1, dtype=torch.bool, device=units.device).expand(n)  # takes no memory
+        super().__init__(nothing, nothing)
         self.units, self.inputs, self.cells = units, inputs, cells
 
     @classmethod
@@ -264,6 +266,12 @@ class ListMask(Mask):
         unit, place = self.cells // len(self.inputs), self.cells % len(self.inputs)
         return ListMask(len(self.dead), units, inputs, rows[unit] * kept.shape[1] + columns[place])
 
+    def _remove(self, cells: Tensor, n: int) -> int:
+        if self.n_live == len(self.dead):
+            self.dead = self.dead.new_zeros(len(self.dead))
+            self.removed = self.dead.clone()
+        return super()._remove(cells, n)
+
     def close_(self, units: Tensor | None = None, inputs: Tensor | None = None) -> None:
         """Remember that some units or inputs, bool ``(group,)``, are removed for good."""
         if units is not None:
@@ -274,7 +282,7 @@ class ListMask(Mask):
 
     def follow_(self, dead: Tensor) -> None:
         """Follow the list, in which the connections that do not live have other places now, int64 ``(n,)``."""
-        self.dead = torch.zeros_like(self.dead)
+        self.dead.fill_(False)
         self.dead[dead] = True
         self.removed = self.dead.clone()
         self._bits = self._live_cells = None
@@ -286,8 +294,7 @@ class ListMask(Mask):
         gone = gone[~(self.units[axes.units_of(gone, gone)] | self.inputs[axes.inputs_of(gone, gone)])]
         if len(gone):
             self.cells = torch.unique(torch.cat([self.cells, axes.layer.cells[gone]]))
-        self.dead = self.dead.new_zeros(self.n_live)
-        self.removed = self.dead.clone()
+        self.dead = self.removed = self.dead.new_zeros(1).expand(self.n_live)
         self._bits = self._live_cells = None
         self.version += 1
 

@@ -233,8 +233,8 @@ def free_cells(occupied: Tensor, ranks: Tensor) -> Tensor:
         >>> free_cells(torch.tensor([0, 2, 3]), torch.tensor([0, 1, 2]))
         tensor([1, 4, 5])
     """
-    n_free_before = occupied - torch.arange(len(occupied), device=occupied.device)
-    return ranks + torch.searchsorted(n_free_before, ranks, right=True)
+    n_free_before = torch.arange(len(occupied), device=occupied.device).neg_().add_(occupied)
+    return torch.searchsorted(n_free_before, ranks, right=True).add_(ranks)
 
 
 def merged(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,5 +246,5 @@ def merged(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """
     places = []
     for own, other in ((first, second), (second, first)):
-        places.append(torch.searchsorted(other, own) + torch.arange(len(own), device=own.device))
+        places.append(torch.searchsorted(other, own).add_(torch.arange(len(own), device=own.device)))
     return places[0], places[1]

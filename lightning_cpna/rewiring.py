@@ -211,12 +211,14 @@ def rewire_(
     sparsity.add_mask(name)
     target, mask = sparsity.targets[name], sparsity.masks[name]
     parameter, axes = target.parameter, target.axes
-    live = mask.live_cells
+    rests = mask.n_live < parameter.numel()
+    weights = parameter.detach().flatten()
     try:
-        gone = weakest(parameter.detach().flatten().index_select(0, live), zeta, generator)
+        gone = weakest(weights.index_select(0, mask.live_cells) if rests else weights, zeta, generator)
     except ValueError as error:
         raise ValueError(f"rewiring {name!r}: {error}") from error
-    dying = live[gone]
+    dying = mask.live_cells[gone] if rests else cells_of(gone)
+    del weights, gone  # at a million neurons every list counts
     if isinstance(axes, ListedAxes) and isinstance(mask, ListMask):
         grid: _Flat = _Grid(axes, mask, dying)
     else:
@@ -224,15 +226,17 @@ def rewire_(
         there[dying] = False
         grid = _Flat(cells_of(there | mask.removed.flatten()), there.numel())
     born = grid.draw(len(dying), generator) if gradient is None else grid.best(gradient, len(dying))
+    del grid
     values = torch.zeros(len(dying), dtype=torch.float64)
     if std:
         values = torch.randn(len(dying), dtype=torch.float64, generator=generator) * std
     dying, born, values = agree(Decision(dying, born, values))
     optimizer = optimizer_of(optimizers, parameter)
     if isinstance(axes, ListedAxes) and isinstance(mask, ListMask):
-        dead = axes.layer.cells[mask.dead]
+        dead = axes.layer.cells[mask.dead] if rests else None
         axes.layer.rewire_(dying, born, values, [] if optimizer is None else [optimizer])
-        mask.follow_(torch.searchsorted(axes.layer.cells, dead))
+        if dead is not None:
+            mask.follow_(torch.searchsorted(axes.layer.cells, dead))
     else:
         tensors = [] if optimizer is None else [value for _, value in moments_of(optimizer, parameter)]
         for tensor in [parameter, *tensors, *([] if parameter.grad is None else [parameter.grad])]:

@@ -240,9 +240,8 @@ class SparseLinear(nn.Module):
             )
         if not bool((cells[1:] > cells[:-1]).all()):
             raise ValueError("cells are not ascending; allowed is each connection once, in order")
-        units = torch.div(cells, self.in_features, rounding_mode="floor")
-        counts = torch.bincount(units, minlength=self.out_features)
-        self._set_indices(starts(counts), (cells - units * self.in_features).int())
+        firsts = torch.arange(self.out_features + 1, device=cells.device) * self.in_features
+        self._set_indices(torch.searchsorted(cells, firsts, out_int32=True), cells.remainder(self.in_features).int())
         if len(self.weight) != len(cells):
             self.weight.data = self.weight.new_zeros(len(cells))
 
@@ -334,6 +333,10 @@ class SparseLinear(nn.Module):
         """
         if len(dying) != len(cells):
             raise ValueError(f"cells has {len(cells)} connections; allowed is as many as die, {len(dying)}")
+        self.set_cells_(self._exchange(dying, cells, values, optimizers))
+
+    def _exchange(self, dying: Tensor, cells: Tensor, values: Tensor, optimizers: Iterable[Optimizer]) -> Tensor:
+        """Put values and moments where they will be; return all cells. What it lists meanwhile is freed when it returns."""
         keep = torch.ones(len(self.weight), dtype=torch.bool, device=self.weight.device)
         keep[dying] = False
         staying = keep.nonzero().flatten()
@@ -345,15 +348,15 @@ class SparseLinear(nn.Module):
             tensor[new] = born
             tensor.index_copy_(0, old, values)
 
-        moved = torch.empty_like(self.cells)
-        moved[old], moved[new] = kept, cells
         move(self.weight, values.to(self.weight))
         if self.weight.grad is not None:
             move(self.weight.grad, 0.0)
         for optimizer in optimizers:
             for _, value in moments_of(optimizer, self.weight):
                 move(value, 0.0)
-        self.set_cells_(moved)
+        moved = kept.new_empty(len(self.weight))
+        moved[old], moved[new] = kept, cells
+        return moved
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

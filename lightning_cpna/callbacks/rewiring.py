@@ -151,8 +151,9 @@ class SETRewiring(SparsityCallback):
         fit.budgets = self._find_budgets(fit.sparsity, pl_module)
         fit.planned = True
         for name in fit.names:
-            live = fit.sparsity.tensors[name].detach().flatten()[masks[name].live_cells]
-            self._stds.setdefault(name, float(live.std(correction=0)) if len(live) else 0.0)
+            live = fit.sparsity.tensors[name].detach()
+            live = live[masks[name].live] if masks[name].n_live < live.numel() else live
+            self._stds.setdefault(name, float(live.std(correction=0)) if live.numel() else 0.0)
 
     def _planted(self, sparsity: Sparsity, pl_module: LightningModule) -> dict[str, int]:
         """Return how many connections each layer begins with that is not sparse yet."""
