@@ -5,8 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from lightning_cpna.cells import cells_of
 
 _KERNELS = ("cpu", "cuda")  # where torch has all operators that are used
 _CHUNK = 2**22  # chosen: numbers that the fallback gathers at a time
@@ -234,17 +237,18 @@ def free_cells(occupied: Tensor, ranks: Tensor) -> Tensor:
         tensor([1, 4, 5])
     """
     n_free_before = torch.arange(len(occupied), device=occupied.device).neg_().add_(occupied)
-    return torch.searchsorted(n_free_before, ranks, right=True).add_(ranks)
+    before = merging_order(n_free_before, ranks) >= len(occupied)  # which of the merged list are ranks
+    return cells_of(before).sub_(torch.arange(len(ranks), device=ranks.device)).add_(ranks)
 
 
-def merged(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where each of two ascending lists' elements, none in both, is in the merged list, int64.
+def merging_order(first: Tensor, second: Tensor) -> Tensor:
+    """Return the order in which two ascending lists, one after the other, are one, int64.
 
     Example:
-        >>> merged(torch.tensor([1, 5]), torch.tensor([2, 9]))
-        (tensor([0, 2]), tensor([1, 3]))
+        >>> merging_order(torch.tensor([1, 5]), torch.tensor([2, 9]))
+        tensor([0, 2, 1, 3])
     """
-    places = []
-    for own, other in ((first, second), (second, first)):
-        places.append(torch.searchsorted(other, own).add_(torch.arange(len(own), device=own.device)))
-    return places[0], places[1]
+    both = torch.cat([first, second])
+    if not both.is_cpu:
+        return torch.argsort(both, stable=True)
+    return torch.from_numpy(np.argsort(both.numpy(), kind="stable"))  # which sees that there are two ascending runs

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -151,21 +152,38 @@ def weakest(weights: Tensor, zeta: float, generator: torch.Generator | None = No
     """
     if n_bad := len(weights) - count_true(torch.isfinite(weights)):
         raise ValueError(f"{n_bad} of {len(weights)} weights are not finite; which are the weakest would be arbitrary")
+    if not len(weights):
+        return torch.zeros(0, dtype=torch.bool, device=weights.device)
     zeros = cells_of(weights == 0)
-    n_gone = math.floor(zeta * len(weights) + 1e-9)
-    if len(zeros) > n_gone:
-        zeros = zeros[torch.randperm(len(zeros), generator=generator)[:n_gone].sort().values.to(zeros.device)]
+    n_zero, n_gone = len(zeros), math.floor(zeta * len(weights) + 1e-9)
+    if n_zero > n_gone:
+        zeros = zeros[torch.randperm(n_zero, generator=generator)[:n_gone].sort().values.to(zeros.device)]
         rest = 0.0
     else:
-        rest = (zeta * len(weights) - len(zeros)) / max(1, len(weights) - len(zeros))
+        rest = (zeta * len(weights) - n_zero) / max(1, len(weights) - n_zero)
     gone = torch.zeros(len(weights), dtype=torch.bool, device=weights.device)
     gone[zeros] = True
-    for signed in (weights, -weights):
-        places = cells_of(signed > 0)
-        n_stay = len(places) - math.floor(rest * len(places) + 1e-9)
-        stay, _ = keep_top_rows(signed.index_select(0, places)[None], n_stay)
-        gone[places[~stay[0]]] = True
+    n_negative = count_true(weights < 0)
+    n_low = math.floor(rest * n_negative + 1e-9)
+    n_high = math.floor(rest * (len(weights) - n_zero - n_negative) + 1e-9)
+    low, high = _nth(weights, max(0, n_negative - n_low), max(0, n_negative + n_zero + n_high - 1))
+    for n, weak, edge in (
+        (n_low, (weights < 0) & (weights >= low), low),
+        (n_high, (weights > 0) & (weights <= high), high),
+    ):
+        if n:
+            if (n_tied := count_true(weak) - n) > 0:
+                weak[cells_of(weak & (weights == edge))[-n_tied:]] = False
+            gone |= weak
     return gone
+
+
+def _nth(values: Tensor, *places: int) -> list[float]:
+    """Return what stands at some places of the sorted values."""
+    if not values.is_cpu:
+        return [float(values.kthvalue(place + 1).values) for place in places]
+    wide = values.to(torch.promote_types(values.dtype, torch.float32)).numpy()
+    return [float(np.partition(wide, place)[place]) for place in places]  # two at once take longer
 
 
 @torch.no_grad()
@@ -229,7 +247,7 @@ def rewire_(
     del grid
     values = torch.zeros(len(dying), dtype=torch.float64)
     if std:
-        values = torch.randn(len(dying), dtype=torch.float64, generator=generator) * std
+        values = torch.randn(len(dying), generator=generator).double() * std
     dying, born, values = agree(Decision(dying, born, values))
     optimizer = optimizer_of(optimizers, parameter)
     if isinstance(axes, ListedAxes) and isinstance(mask, ListMask):

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.overrides import handle_torch_function, has_torch_function
 
+from lightning_cpna.cells import pick
 from lightning_cpna.moments import moments_of, replace_
-from lightning_cpna.pattern import Pattern, draw_cells, merged, sparse_matmul
+from lightning_cpna.pattern import Pattern, draw_cells, merging_order, sparse_matmul
 from lightning_cpna.targets import Axes, ListedAxes
 from lightning_cpna.topology import n_connections
 
@@ -339,24 +340,20 @@ class SparseLinear(nn.Module):
         """Put values and moments where they will be; return all cells. What it lists meanwhile is freed when it returns."""
         keep = torch.ones(len(self.weight), dtype=torch.bool, device=self.weight.device)
         keep[dying] = False
-        staying = keep.nonzero().flatten()
-        kept = self.cells.index_select(0, staying)
-        old, new = merged(kept, cells)
+        kept = pick(self.cells, keep)
+        order = merging_order(kept, cells)
 
-        def move(tensor: Tensor, born: Tensor | float) -> None:
-            values = tensor.index_select(0, staying)
-            tensor[new] = born
-            tensor.index_copy_(0, old, values)
+        def move(tensor: Tensor, born: Tensor) -> None:
+            tensor.copy_(torch.cat([pick(tensor.detach(), keep), born]).index_select(0, order))
 
-        move(self.weight, values.to(self.weight))
+        zeros = self.weight.new_zeros(len(cells))
+        move(self.weight, values.to(zeros))
         if self.weight.grad is not None:
-            move(self.weight.grad, 0.0)
+            move(self.weight.grad, zeros)
         for optimizer in optimizers:
             for _, value in moments_of(optimizer, self.weight):
-                move(value, 0.0)
-        moved = kept.new_empty(len(self.weight))
-        moved[old], moved[new] = kept, cells
-        return moved
+                move(value, zeros.to(value))
+        return torch.cat([kept, cells]).index_select(0, order)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
