@@ -116,10 +116,11 @@ class SparsityCallback(Callback):
             raise ValueError(f"shrink is {shrink!r}; allowed is True or False")
         self.shrink = shrink
         self.name = name
-        self._step = 0
-        self._handled_step = 0
+        self._begin()
         self._restored = False
         self._fit: Fit | None = None
+
+    _epoch: int | None  # the last one whose start was seen
 
     # The four questions
 
@@ -166,7 +167,7 @@ class SparsityCallback(Callback):
         """
         if self._fit is not None:
             self._catch_up(self._fit)
-        return {"version": STATE_VERSION, "step": self._handled_step}
+        return {"version": STATE_VERSION, "step": self._handled_step, "epoch": self._epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the callback's state from a checkpoint.
@@ -180,6 +181,7 @@ class SparsityCallback(Callback):
                 f"this release reads {STATE_VERSION}"
             )
         self._step = self._handled_step = state_dict["step"]
+        self._epoch = state_dict["epoch"]
         self._restored = True
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -219,6 +221,7 @@ class SparsityCallback(Callback):
     def _begin(self) -> None:
         """Forget an earlier fit."""
         self._step = self._handled_step = 0
+        self._epoch = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the targets, and hold the masks that are there already (a resumed run, a second fit)."""
@@ -249,6 +252,7 @@ class SparsityCallback(Callback):
                 stacklevel=2,
             )
         self._restored = False
+        self._epoch = trainer.current_epoch if self._epoch is None else self._epoch
         fit.optimizers = list(trainer.optimizers)
         owners = []
         for name in fit.names:
@@ -289,14 +293,20 @@ class SparsityCallback(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do what is done between two epochs: neurons before connections, in whatever order the callbacks stand."""
-        fit = self._running()
-        if fit.leads and trainer.current_epoch > 0:
-            for callback in sorted(_ours(trainer), key=lambda callback: callback._changes_connections):
+        if self._running().leads:
+            self._turn_epochs(trainer)
+
+    def _turn_epochs(self, trainer: Trainer) -> None:
+        for callback in sorted(_ours(trainer), key=lambda callback: callback._changes_connections):
+            if callback._epoch != trainer.current_epoch:
+                callback._epoch = trainer.current_epoch
                 callback._between_epochs(callback._running())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Watch the first batches of a fit, until it is seen which layers feed the targets; cut what died, if asked to."""
         fit = self._running()
+        if fit.leads:  # an epoch after one that was resumed behind its last batch does not say that it starts
+            self._turn_epochs(trainer)
         if fit.shrinking is not None and fit.planned:
             self._shrink(fit, fit.shrinking)
         if fit.capture is not None:  # of a batch that was skipped

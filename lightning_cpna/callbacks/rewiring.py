@@ -95,7 +95,6 @@ class SETRewiring(SparsityCallback):
         self._growth = growth if isinstance(growth, Growth) else Growth(growth)
         self._generator = torch.Generator()
         super().__init__(name)
-        self._begin()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step, the random generator's state and, where growth looks at them, gradients."""
@@ -103,7 +102,6 @@ class SETRewiring(SparsityCallback):
             **super().state_dict(),
             "generator": self._generator.get_state(),
             "stds": dict(self._stds),
-            "epoch": self._epoch,
             "last": list(self._last),
             "gradients": {name: _to_state(gradient) for name, gradient in self._gradients.items()},
         }
@@ -113,7 +111,6 @@ class SETRewiring(SparsityCallback):
         super().load_state_dict(state_dict)
         self._generator.set_state(state_dict["generator"])
         self._stds = dict(state_dict["stds"])
-        self._epoch = state_dict["epoch"]
         zeta, exchanged = state_dict["last"]
         self._last = (zeta, exchanged)
         self._gradients = {name: _from_state(gradient) for name, gradient in state_dict["gradients"].items()}
@@ -122,7 +119,6 @@ class SETRewiring(SparsityCallback):
         super()._begin()
         self._generator.manual_seed(self._growth.seed)
         self._stds = dict[str, float]()
-        self._epoch = 0
         self._last = (0.0, 0)
         self._gradients = dict[str, Tensor | list[Factors]]()
         self._pending = dict[str, Tensor | list[Factors]]()
@@ -182,7 +178,7 @@ class SETRewiring(SparsityCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that it is known when to act."""
         super().on_train_start(trainer, pl_module)
-        if isinstance(self.zeta, Decay) and not math.isfinite(trainer.estimated_stepping_batches):
+        if isinstance(self.zeta, Decay) and not math.isfinite(_n_steps(trainer)):
             raise ValueError(
                 f"zeta is {self.zeta}, which ends after a fraction of the run, whose number of optimizer steps is not known "
                 "here; allowed is a float, or max_steps or max_epochs on the Trainer"
@@ -216,8 +212,10 @@ class SETRewiring(SparsityCallback):
     def _is_watched(self, trainer: Trainer, batch_idx: int) -> bool:
         window = self._growth.window
         if self.every == "epoch":
-            return trainer.num_training_batches - batch_idx <= window * trainer.accumulate_grad_batches
-        return self.every - self._step % self.every <= window
+            together: int = trainer.accumulate_grad_batches
+            steps_left: float = -(-trainer.num_training_batches // together) - batch_idx // together
+            return steps_left <= window
+        return bool(self.every - self._step % self.every <= window)
 
     def _watch(
         self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -264,19 +262,17 @@ class SETRewiring(SparsityCallback):
     def _after_step(self, fit: Fit) -> None:
         fit.watching.close()
         self._take_in()
-        is_last = self._step >= fit.trainer.estimated_stepping_batches
+        is_last = self._step >= _n_steps(fit.trainer)
         if self.every != "epoch" and self._step % self.every == 0 and not is_last:
             self._rewire(fit)
 
     @torch.no_grad()
     def _between_epochs(self, fit: Fit) -> None:
-        if self.every == "epoch" and self._epoch < fit.trainer.current_epoch:
-            self._epoch = fit.trainer.current_epoch
+        if self.every == "epoch":
             self._rewire(fit)
 
     def _rewire(self, fit: Fit) -> None:
-        total = fit.trainer.estimated_stepping_batches
-        zeta = self.zeta(self._step, total) if isinstance(self.zeta, Decay) else self.zeta
+        zeta = self.zeta(self._step, _n_steps(fit.trainer)) if isinstance(self.zeta, Decay) else self.zeta
         exchanged = 0
         for name in sorted(fit.names):
             if self._growth.kind != "random" and name not in self._gradients:
@@ -303,6 +299,12 @@ class SETRewiring(SparsityCallback):
     def _values(self, fit: Fit) -> dict[str, float]:
         zeta, exchanged = self._last
         return {**self._layer_values(fit), "zeta": zeta, "exchanged": exchanged}
+
+
+def _n_steps(trainer: Trainer) -> float:
+    """Return how many optimizer steps the run has, infinity if that is not known."""
+    total: float = trainer.estimated_stepping_batches
+    return total if total >= 0 else math.inf
 
 
 def _is_dense(sparsity: Sparsity, target: Target) -> bool:

@@ -27,12 +27,11 @@ class ScheduledPruning(SparsityCallback):
     """
 
     def __init__(self, schedule: Schedule | ScheduleFunction | None, seed: int, name: str, shrink: bool) -> None:
-        super().__init__(name, shrink)
         check_function("schedule", schedule, 3)
         self.schedule = schedule
         self._seed = seed
         self._generator = torch.Generator()
-        self._begin()
+        super().__init__(name, shrink)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the step, the counts at which pruning began, and the random generator's state."""
