@@ -41,7 +41,9 @@ def pick(values: Tensor, where: Tensor) -> Tensor:
         >>> pick(torch.tensor([5, 6, 7]), torch.tensor([True, False, True]))
         tensor([5, 7])
     """
-    return torch.from_numpy(values.numpy()[where.numpy()]) if values.is_cpu else values[where]
+    if not values.is_cpu or values.dtype == torch.bfloat16:  # which NumPy does not have
+        return values[where]
+    return torch.from_numpy(values.numpy()[where.numpy()])
 
 
 def put_cells_(tensor: Tensor, cells: Tensor, values: Tensor) -> None:

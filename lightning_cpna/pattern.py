@@ -230,7 +230,11 @@ def draw_cells(occupied: Tensor, n_cells: int, n: int, generator: torch.Generato
 
 
 def free_cells(occupied: Tensor, ranks: Tensor) -> Tensor:
-    """Return the cells that are the ``ranks``-th (from 0, int64 ``(n,)``) of those that are not occupied (ascending).
+    """Return the cells that are the ``ranks``-th of those that are not occupied.
+
+    Args:
+        occupied: Ascending cells, int64 ``(m,)``.
+        ranks: From 0, ascending, int64 ``(n,)``.
 
     Example:
         >>> free_cells(torch.tensor([0, 2, 3]), torch.tensor([0, 1, 2]))

@@ -115,6 +115,11 @@ class Factors(NamedTuple):
     x: Tensor
     scale: float
 
+    def wide(self) -> Factors:
+        """Return the factors in one type, float32 or better."""
+        dtype = torch.promote_types(torch.promote_types(self.output_gradient.dtype, self.x.dtype), torch.float32)
+        return Factors(self.output_gradient.to(dtype), self.x.to(dtype), self.scale)
+
 
 class Decision(NamedTuple):
     """What a rewiring does.
@@ -150,6 +155,7 @@ def weakest(weights: Tensor, zeta: float, generator: torch.Generator | None = No
         >>> weakest(torch.tensor([0.1, 0.5, -0.2, -0.9, 0.3, -0.4]), zeta=0.34)
         tensor([ True, False,  True, False, False, False])
     """
+    weights = weights.detach()
     if n_bad := len(weights) - count_true(torch.isfinite(weights)):
         raise ValueError(f"{n_bad} of {len(weights)} weights are not finite; which are the weakest would be arbitrary")
     if not len(weights):
@@ -166,7 +172,8 @@ def weakest(weights: Tensor, zeta: float, generator: torch.Generator | None = No
     n_negative = count_true(weights < 0)
     n_low = math.floor(rest * n_negative + 1e-9)
     n_high = math.floor(rest * (len(weights) - n_zero - n_negative) + 1e-9)
-    low, high = _nth(weights, max(0, n_negative - n_low), max(0, n_negative + n_zero + n_high - 1))
+    last = len(weights) - 1
+    low, high = _nth(weights, min(last, n_negative - n_low), max(0, n_negative + n_zero + n_high - 1))
     for n, weak, edge in (
         (n_low, (weights < 0) & (weights >= low), low),
         (n_high, (weights > 0) & (weights <= high), high),
@@ -218,7 +225,7 @@ def rewire_(
         How many were exchanged.
 
     Raises:
-        ValueError: If a weight is not finite.
+        ValueError: If a weight is not finite, or the gradient is of the other storage's kind.
 
     Example:
         >>> from lightning_cpna import SparseLinear, Sparsity
@@ -313,8 +320,11 @@ class _Flat:
         return draw_cells(self.taken, self.n_cells, n, generator)
 
     def best(self, gradient: Tensor | Sequence[Factors], n: int) -> Tensor:
-        assert isinstance(gradient, Tensor)
-        scores = gradient.abs().flatten()
+        if not isinstance(gradient, Tensor):
+            raise ValueError(
+                "gradient is a list of factors; allowed for a dense layer is a tensor of the weight's shape"
+            )
+        scores = gradient.abs().flatten().to(torch.promote_types(gradient.dtype, torch.float32))
         scores[self.taken] = -torch.inf
         best, _ = keep_top_rows(scores[None], n)
         return cells_of(best[0])
@@ -354,7 +364,9 @@ class _Grid(_Flat):
 
     def best(self, gradient: Tensor | Sequence[Factors], n: int) -> Tensor:
         """Find the largest gradients a block of units at a time."""
-        assert not isinstance(gradient, Tensor)
+        if isinstance(gradient, Tensor) or not gradient:
+            raise ValueError("gradient is no list of factors; allowed for a SparseLinear is a list of at least one")
+        gradient = [part.wide() for part in gradient]
         width = len(self.inputs)
         scores, found = torch.empty(0, device=self.taken.device), self.taken[:0]
         for units in torch.split(torch.arange(len(self.units), device=self.taken.device), max(1, BLOCK // width)):

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.overrides import handle_torch_function, has_torch_function
 
 from lightning_cpna.cells import pick
-from lightning_cpna.moments import moments_of, replace_
+from lightning_cpna.moments import moments_of, replace_, set_tensor_
 from lightning_cpna.pattern import Pattern, draw_cells, merging_order, sparse_matmul
 from lightning_cpna.targets import Axes, ListedAxes
 from lightning_cpna.topology import n_connections
@@ -131,8 +131,13 @@ class SparseLinear(nn.Module):
             out_features: The number of units.
 
         Raises:
-            ValueError: If the cells are not ascending, or beyond the layer.
+            ValueError: If the cells are not ascending, or beyond the layer, or there are other numbers of values or biases.
         """
+        if values.shape != cells.shape or (bias is not None and bias.shape != (out_features,)):
+            shapes = tuple(values.shape), None if bias is None else tuple(bias.shape)
+            raise ValueError(
+                f"values and bias have shapes {shapes}; allowed are {tuple(cells.shape)}, as cells, and {(out_features,)}"
+            )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._build(in_features, out_features, bias is not None, values.device, values.dtype)
@@ -158,6 +163,8 @@ class SparseLinear(nn.Module):
             tensor(3)
         """
         weight = linear.weight.detach()
+        if live is not None and live.shape != weight.shape:
+            raise ValueError(f"live has shape {tuple(live.shape)}; allowed is the weight's, {tuple(weight.shape)}")
         cells = (weight != 0 if live is None else live.to(weight.device)).flatten().nonzero().flatten()
         bias = None if linear.bias is None else linear.bias.detach()
         return cls.from_cells(cells, weight.flatten()[cells], bias, linear.in_features, linear.out_features)
@@ -181,7 +188,8 @@ class SparseLinear(nn.Module):
             self.crow_indices.clone(),
             self.col_indices.clone(),
             self.weight.detach().clone(),
-            tuple(self.shape.tolist()),
+            (self.out_features, self.in_features),
+            check_invariants=False,
         )
 
     def to_dense(self) -> nn.Linear:
@@ -243,8 +251,12 @@ class SparseLinear(nn.Module):
             raise ValueError("cells are not ascending; allowed is each connection once, in order")
         firsts = torch.arange(self.out_features + 1, device=cells.device) * self.in_features
         self._set_indices(torch.searchsorted(cells, firsts, out_int32=True), cells.remainder(self.in_features).int())
-        if len(self.weight) != len(cells):
-            self.weight.data = self.weight.new_zeros(len(cells))
+        self._renew_values(len(cells))
+
+    def _renew_values(self, n: int) -> None:
+        """Make the values zero, and their gradient none, if there are not as many as before."""
+        if len(self.weight) != n:
+            set_tensor_(self.weight, self.weight.new_zeros(n), None)
 
     def _set_indices(self, crow_indices: Tensor, col_indices: Tensor) -> None:
         self._put("crow_indices", crow_indices)
@@ -364,9 +376,9 @@ class SparseLinear(nn.Module):
         if self.bias is not None:
             self.bias.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return ``(*, out_features)`` for ``(*, in_features)``."""
-        return sparse_linear(x, self.weight, self.bias, self.pattern)
+        return sparse_linear(input, self.weight, self.bias, self.pattern)
 
     def extra_repr(self) -> str:
         """Describe the layer."""
@@ -395,9 +407,9 @@ class SparseLinear(nn.Module):
             if why := self._refusal(**found):
                 error_msgs.append(f"{prefix.removesuffix('.') or 'SparseLinear'}: {why}")
                 return
-            self._set_indices(found["crow_indices"].int(), found["col_indices"].int())
-            if len(self.weight) != len(found["weight"]):
-                self.weight.data = self.weight.new_zeros(len(found["weight"]))
+            with torch.no_grad():
+                self._set_indices(*(found[name].to(self.weight.device, torch.int32, copy=True) for name in _INDICES))
+                self._renew_values(len(found["weight"]))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -412,6 +424,9 @@ class SparseLinear(nn.Module):
         ordered = (
             len(crow) == own[0] + 1 and int(crow[0]) == 0 and int(crow[-1]) == n and bool((crow.diff() >= 0).all())
         )
+        firsts = torch.zeros(n + 1, dtype=torch.bool, device=col.device)
+        firsts[crow.clamp(0, n)] = True
+        ordered = ordered and bool(((col[1:] > col[:-1]) | firsts[1:n]).all())
         if not ordered or len(weight) != n or (n and not (int(col.min()) >= 0 and int(col.max()) < own[1])):
             return "the file's crow_indices, col_indices and weight do not fit together: the file is damaged"
         return ""

@@ -21,7 +21,7 @@ def n_connections(n_in: int, n_out: int, epsilon: float) -> int:
     """
     if not epsilon > 0:
         raise ValueError(f"epsilon is {epsilon}; allowed is a float > 0")
-    return min(n_in * n_out, max(1, round(epsilon * (n_in + n_out))))
+    return max(1, round(min(n_in * n_out, epsilon * (n_in + n_out))))
 
 
 def shared_out(shapes: Mapping[str, Sequence[int]], total: int, distribution: Distribution) -> dict[str, int]:
@@ -63,7 +63,7 @@ def shared_out(shapes: Mapping[str, Sequence[int]], total: int, distribution: Di
             break
         full |= too_many
     counts = full | {name: min(sizes[name], max(1, math.floor(share))) for name, share in shares.items()}
-    by_rest = sorted(shares, key=lambda name: math.floor(shares[name]) - shares[name])
+    by_rest = sorted(shapes, key=lambda name: math.floor(shares.get(name, 0)) - shares.get(name, 0))
     while (missing := total - sum(counts.values())) != 0:
         step = 1 if missing > 0 else -1
         for name in [n for n in by_rest if 1 <= counts[n] + step <= sizes[n]][: abs(missing)]:

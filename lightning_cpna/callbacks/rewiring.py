@@ -220,7 +220,7 @@ class SETRewiring(SparsityCallback):
     def _watch(
         self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
-        x = (args[0] if args else kwargs["x"]).detach()
+        x = (args[0] if args else kwargs["input"]).detach()
         x = x.reshape(-1, x.shape[-1])  # (row, input)
 
         def keep(gradient: Tensor) -> None:

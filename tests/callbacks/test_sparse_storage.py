@@ -67,8 +67,8 @@ def test_pruning_a_sparse_layer_equals_pruning_a_masked_one(way: str) -> None:
 
 
 def test_overlaps_of_sparse_weight_vectors_are_refused_by_name() -> None:
+    callback = NeuronPruning({"net.0.weight": 5}, schedule=SCHEDULE, score="frame_potential")
     with pytest.raises(ValueError, match=r"'net.0.weight', which is sparse, are not compared"):
-        callback = NeuronPruning({"net.0.weight": 5}, schedule=SCHEDULE, score="frame_potential")
         trainer(callback, epochs=6).fit(Double(sparse()), data())
 
 
