@@ -104,7 +104,12 @@ def main(arguments: list[str] | None = None) -> None:
         "peak GB": round(peak_gigabytes(), 2),
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "million.json").write_text(json.dumps(row) + "\n")
+    file = args.out / "million.json"
+    rows = [
+        other for other in (json.loads(file.read_text()) if file.is_file() else []) if other["epsilon"] != args.epsilon
+    ]
+    rows = sorted([*rows, row], key=lambda row: row["epsilon"])
+    file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     for name, value in row.items():
         Console().print(f"{name:>18}: {value:,}")
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from lightning_cpna import EpochFraction
 
 EPSILON = 10.0  # derived from the SET column of Table 3
+METHODS = ("SET", "NPSET", "1st NPSET", "2nd NPSET", "Direct SET", "Direct FC", "Dense")
 NEURONS = EpochFraction(alpha=0.04, first=10, last=50)  # derived from the NPSET column of Table 3
 
 

@@ -1,4 +1,4 @@
-"""Tables 2 and 3 in Markdown; `python -m examples.asu.tables table2.json --readme README.md` puts them into the README."""
+"""Tables 2 and 3 in Markdown; `python -m examples.asu.tables FOLDER --readme README.md` puts them into the README."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from examples.asu.problem import EPSILON, NEURONS, PROBLEMS, Problem
+from examples.asu.problem import EPSILON, METHODS, NEURONS, PROBLEMS, Problem
 from examples.readme import fill
 from lightning_cpna import SparseLinear, Sparsity, UnitScore, rewire_, trace
 from lightning_cpna.unit_scores import UnitInputs
@@ -61,13 +61,16 @@ def pivot(rows: list[Row]) -> str:
 
 
 def table2(rows: list[Row]) -> str:
-    """Return Table 2: the best test accuracy over the epochs, as the paper reports, and below it that after the last."""
-    from examples.asu.training import METHODS
+    """Return Table 2: the best test accuracy over the epochs, as the paper reports, and below it that after the last.
 
+    The last lines count where the mean of the best is at least the paper's number less one test example.
+    """
     groups = _grouped(rows)
     names = _order({name for name, _ in groups}, PROBLEMS)
     methods = _order({method for _, method in groups}, METHODS)
     lines = ["| data set | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+    reached = dict.fromkeys(methods, 0)
+    compared = dict.fromkeys(methods, 0)
     for name in names:
         cells = []
         for method in methods:
@@ -75,11 +78,18 @@ def table2(rows: list[Row]) -> str:
             if not group:
                 cells.append("")
                 continue
-            paper = (PROBLEMS[name].accuracy or {}).get(method)
             best, last = [max(row["test"]) for row in group], [row["test"][-1] for row in group]
-            beside = "" if paper is None else f" ({paper})"
+            beside = ""
+            if (paper := (PROBLEMS[name].accuracy or {}).get(method)) is not None:
+                beside = f" ({paper})"
+                compared[method] += 1
+                reached[method] += statistics.mean(best) >= paper - 100 / group[0]["n_test"]
             cells.append(f"{mean_and_spread(best)}{beside}<br>{mean_and_spread(last)}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    seeds = ["" if not compared[method] else f"{reached[method]} of {compared[method]}" for method in methods]
+    lines.append("| reaches the paper | " + " | ".join(seeds) + " |")
+    counts = [len({row["seed"] for row in rows if row["method"] == method}) for method in methods]
+    lines.append("| seeds | " + " | ".join(map(str, counts)) + " |")
     return "\n".join(lines)
 
 
@@ -92,15 +102,18 @@ def planted(problem: Problem, seed: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def expected(n_in: int, n_out: int) -> float:
-    """Return how many different connections are drawn in the mean.
+def expected(n_in: int, n_out: int) -> tuple[float, float]:
+    """Return how many different connections a layer's draws are in the mean, and the variance.
 
     Example:
-        >>> round(expected(325, 300) + expected(300, 300) + expected(300, 7))
-        13444
+        >>> [round(value) for value in expected(300, 300)]
+        [5804, 179]
     """
-    cells = n_in * n_out
-    return cells * -math.expm1(EPSILON * (n_in + n_out) * math.log1p(-1 / cells))
+    cells, draws = n_in * n_out, round(EPSILON * (n_in + n_out))
+    missed = math.exp(draws * math.log1p(-1 / cells))
+    both_missed = math.exp(draws * math.log1p(-2 / cells))
+    variance = cells * missed * (1 - missed) + cells * (cells - 1) * (both_missed - missed**2)
+    return cells * (1 - missed), variance
 
 
 def n_weights(net: nn.Module) -> int:
@@ -130,41 +143,72 @@ def pruned(problem: Problem, seed: int) -> tuple[int, int]:
     return problem.widths[0] + sum(sparsity.n_units(name) for name in (first, second)), n_weights(net)
 
 
-def table3() -> str:
-    """Return Table 3: sizes of all 15 networks from their topologies alone, beside the paper's."""
-    lines = [
-        "| data set | dense | SET | paper | NPSET neurons | paper | NPSET | paper | NPSET / dense |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+def sizes() -> list[Row]:
+    """Return the sizes of all 15 networks, from their topologies alone."""
+    rows = []
     for name, problem in PROBLEMS.items():
-        dense = sum(n_in * n_out for n_in, n_out in itertools.pairwise(problem.widths))
-        n_set = round(sum(expected(n_in, n_out) for n_in, n_out in itertools.pairwise(problem.widths)))
-        neurons, n_npset = pruned(problem, seed=0)
+        pairs = list(itertools.pairwise(problem.widths))
+        neurons, connections = pruned(problem, seed=0)
+        rows.append(
+            {
+                "set": name,
+                "dense": sum(n_in * n_out for n_in, n_out in pairs),
+                "SET": round(sum(expected(n_in, n_out)[0] for n_in, n_out in pairs)),
+                "spread": round(math.sqrt(sum(expected(n_in, n_out)[1] for n_in, n_out in pairs))),
+                "neurons": neurons,
+                "NPSET": connections,
+            }
+        )
+    return rows
+
+
+def table3(rows: list[Row]) -> str:
+    """Return Table 3: sizes beside the paper's. SET's are those in the mean over draws, and their standard deviation."""
+    lines = [
+        "| data set | dense | SET | paper | NPSET neurons | paper | NPSET | paper | of dense |",
+        "|---|---:|---:|---|---:|---:|---:|---|---:|",
+    ]
+    for row in rows:
+        problem = PROBLEMS[row["set"]]
         lines.append(
-            f"| {name} | {dense:,} | {n_set:,} | {_beside(n_set, problem.set_connections)} | {neurons:,} | "
-            f"{problem.npset_neurons:,} | {n_npset:,} | {_beside(n_npset, problem.npset_connections)} | "
-            f"{100 * n_npset / dense:.3f} % |"
+            f"| {row['set']} | {row['dense']:,} | {row['SET']:,} ± {row['spread']} | "
+            f"{_beside(row['SET'], problem.set_connections)} | {row['neurons']:,} | {problem.npset_neurons:,} | "
+            f"{row['NPSET']:,} | {_beside(row['NPSET'], problem.npset_connections)} | "
+            f"{100 * row['NPSET'] / row['dense']:.3f} % |"
         )
     return "\n".join(lines)
+
+
+def table_million(rows: list[Row]) -> str:
+    """Return what a million neurons cost."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---:" * len(rows[0]) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(f"{value:,}" for value in row.values()) + " |" for row in rows)])
 
 
 def _beside(measured: int, paper: int) -> str:
     return f"{paper:,} ({100 * (measured / paper - 1):+.2f} %)"
 
 
+TABLES = {"table2": table2, "table3": table3, "million": table_million}
+
+
+def load(folder: Path, name: str) -> list[Row]:
+    """Read results, one a line."""
+    rows: list[Row] = json.loads((folder / f"{name}.json").read_text())
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print the tables of committed results, and put them into the README."""
     parser = argparse.ArgumentParser(prog="python -m examples.asu.tables", description=__doc__)
-    parser.add_argument("results", type=Path, help="table2.json")
+    parser.add_argument("results", type=Path, help="the folder with table2.json, table3.json and million.json")
     parser.add_argument("--readme", type=Path, help="the README whose tables are replaced")
     args = parser.parse_args(arguments)
-    tables = {"Table 2": table2(json.loads(args.results.read_text())), "Table 3": table3()}
-    for title, table in tables.items():
-        print(f"{title}\n\n{table}\n")
-    if args.readme is not None:
-        text = args.readme.read_text()
-        for title, table in tables.items():
-            text = fill(text, title, table)
+    text = None if args.readme is None else args.readme.read_text()
+    for name, table in TABLES.items():
+        print(f"{name}\n\n{table(load(args.results, name))}\n")
+        text = None if text is None else fill(text, f"examples.asu {name}", table(load(args.results, name)))
+    if text is not None:
         args.readme.write_text(text)
 
 

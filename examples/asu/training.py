@@ -13,13 +13,12 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from examples.asu.problem import EPSILON, NEURONS, PROBLEMS, Problem, pruned_widths
+from examples.asu.problem import EPSILON, METHODS, NEURONS, PROBLEMS, Problem, pruned_widths
 from examples.data import Split, asu, loader, standardized, word_counts
 from examples.quiet import silence
 from lightning_cpna import Growth, NeuronPruning, SETRewiring, SparseLinear, sparsity_of
 
 Row = dict[str, Any]
-METHODS = ("SET", "NPSET", "1st NPSET", "2nd NPSET", "Direct SET", "Direct FC", "Dense")
 
 
 @dataclass(frozen=True)
