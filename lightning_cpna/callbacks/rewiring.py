@@ -199,6 +199,8 @@ class SETRewiring(SparsityCallback):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         fit = self._running()
         fit.watching.close()
+        if batch_idx % trainer.accumulate_grad_batches == 0:  # of a step that AMP skipped
+            self._pending = {}
         if not self._is_watched(trainer, batch_idx):
             return
         listed = {name: layer for name, layer in layers_of(pl_module).items() if name in fit.names}

@@ -435,3 +435,26 @@ def test_what_cannot_be_served_is_refused_when_training_starts() -> None:
 class Stream(torch.utils.data.IterableDataset[Any]):
     def __iter__(self) -> Any:
         yield from data()
+
+
+@pytest.mark.parametrize("growth", ["gradient", "momentum"])
+@pytest.mark.parametrize("storage", ["sparse", "masks"])
+def test_gradients_of_a_step_that_amp_skips_are_forgotten(growth: Any, storage: str) -> None:
+    class Exploding(Classifier):
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            factor = torch.inf if batch_idx in (1, 2) else 1.0
+            return super().training_step(batch, batch_idx) * factor
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    precision = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    net = sparse().float()
+    before = [int(layer.weight.numel()) for layer in net[::2]]
+    if storage == "masks":
+        net = nn.Sequential(*[part.to_dense() if isinstance(part, SparseLinear) else part for part in net])
+    model = Exploding(net)
+    trainer(SETRewiring(NAMES, growth=growth, every=2, epsilon=2), plugins=[precision], epochs=4).fit(model, data())
+    state = dense_state(model)
+    assert all(bool(torch.isfinite(value).all()) for value in state.values())
+    if storage == "sparse":
+        assert counts(model) == before
+        assert not torch.equal(state["2.live"], dense_state(Double(sparse()))["2.live"])
