@@ -27,7 +27,7 @@ def removal(name: str, seed: int, folder: Path | None = None) -> list[Row]:
     """Train a SET network, and remove ever more neurons of it, without training on.
 
     Returns:
-        The test accuracy, by hidden layer, order and removed fraction.
+        The test accuracies at the removed ``FRACTIONS``, a row for each hidden layer and order.
     """
     _, module = run(name, "SET", seed, folder)
     train, test = data(name, seed, folder)
@@ -39,6 +39,7 @@ def removal(name: str, seed: int, folder: Path | None = None) -> list[Row]:
             sparsity.graph = trace(work, train.x[:2])
             first, second, _ = work.weights
             generator = torch.Generator().manual_seed(seed)
+            accuracies = []
             for fraction in FRACTIONS:
                 for weight in {"first": [first], "second": [second], "both": [first, second]}[which]:
                     n_units = len(sparsity.graph[weight].units)
@@ -49,10 +50,8 @@ def removal(name: str, seed: int, folder: Path | None = None) -> list[Row]:
                             sparsity.targets[weight], sparsity.targets, sparsity.masks, sparsity.graph, generator
                         )
                         sparsity.prune_units_(budget, stay, {weight: score(inputs)})
-                rows.append(
-                    {"set": name, "seed": seed, "layer": which, "order": order, "fraction": fraction}
-                    | {"test": round(accuracy(work, test), 3)}
-                )
+                accuracies.append(round(accuracy(work, test), 3))
+            rows.append({"set": name, "seed": seed, "layer": which, "order": order, "test": accuracies})
     return rows
 
 
@@ -64,15 +63,10 @@ def figure1(rows: list[Row], folder: Path) -> Path:
     for line, name in zip(axes, sets, strict=True):
         for panel, which in zip(line, WHICH, strict=True):
             for order in ORDERS:
-                points = [
-                    [row["test"] for row in rows if _is(row, set=name, layer=which, order=order, fraction=fraction)]
-                    for fraction in FRACTIONS
-                ]
-                values = torch.tensor(points)  # (fraction, seed)
-                panel.plot([100 * fraction for fraction in FRACTIONS], values.mean(1), label=order)
-                panel.fill_between(
-                    [100 * fraction for fraction in FRACTIONS], values.amin(1), values.amax(1), alpha=0.15
-                )
+                runs = [row["test"] for row in rows if _is(row, set=name, layer=which, order=order)]
+                values, removed = torch.tensor(runs), [100 * fraction for fraction in FRACTIONS]  # (seed, fraction)
+                panel.plot(removed, values.mean(0), label=order)
+                panel.fill_between(removed, values.amin(0), values.amax(0), alpha=0.15)
             panel.set_title(f"{name}, {which} hidden layer{'s' * (which == 'both')}", fontsize=9)
             panel.grid(alpha=0.3)
         line[0].set_ylabel("test accuracy, %")
