@@ -11,7 +11,7 @@ from lightning_cpna.observe import mean_replacement_penalties, observe
 from lightning_cpna.plots import Connectivity, connectivity, plot_connectivity, plot_schedule
 from lightning_cpna.report import LayerReport, SparsityReport
 from lightning_cpna.rescale import rescale_
-from lightning_cpna.rewiring import Decay, Growth, rewire_
+from lightning_cpna.rewiring import Decay, Factors, Growth, plant_, rewire_
 from lightning_cpna.schedules import Annealing, Cubic, EpochFraction, Geometric, Linear, OneShot, Schedule
 from lightning_cpna.scores import Score, ScoreInputs
 from lightning_cpna.sparse import SparseLinear
@@ -35,6 +35,7 @@ __all__ = [
     "DeadUnitLogger",
     "Decay",
     "EpochFraction",
+    "Factors",
     "Geometric",
     "Graph",
     "Growth",
@@ -65,6 +66,7 @@ __all__ = [
     "load_compact",
     "mean_replacement_penalties",
     "observe",
+    "plant_",
     "plot_connectivity",
     "plot_schedule",
     "plot_units",

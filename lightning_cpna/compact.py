@@ -178,14 +178,18 @@ class _Work:
         """Cut until nothing is dead any more."""
         cutting = True
         while cutting:
-            graph = trace(self.module, *self.inputs)
+            graph = self._trace()
             cutting = False
             for name in reversed(list(layers_of(self.module))):
                 # What reaches the output through a call that mixes units has another obstacle than that.
                 is_output = name in graph and graph[name].is_output and len(graph[name].obstacles) == 1
                 if name not in self._given_up and not is_output and self._cut(graph, name):
                     cutting = True
-                    graph = trace(self.module, *self.inputs)
+                    graph = self._trace()
+
+    def _trace(self) -> Graph:
+        self._traced = self.module  # the graph's axes ask its layers, which must not go before it does
+        return trace(self.module, *self.inputs)
 
     def drop_zeros(self) -> None:
         """Take weights that are zero out of sparse layers."""

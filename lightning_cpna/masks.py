@@ -266,6 +266,19 @@ class ListMask(Mask):
         unit, place = self.cells // len(self.inputs), self.cells % len(self.inputs)
         return ListMask(len(self.dead), units, inputs, rows[unit] * kept.shape[1] + columns[place])
 
+    def is_outdated(self, parameter: Tensor, axes: ListedAxes) -> bool:
+        """Tell whether the layer has taken other connections since, from a file."""
+        fits = (len(self.units), len(self.inputs)) == (axes.layer.out_features, axes.layer.in_features)
+        return fits and len(self.dead) != len(parameter)
+
+    def move_(self, dying: Tensor, born: Tensor) -> None:
+        """Refuse: what is not in the list cannot be born in it.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError("connections of a SparseLinear are exchanged by rewire_, not by its mask")
+
     def _remove(self, cells: Tensor, n: int) -> int:
         if self.n_live == len(self.dead):
             self.dead = self.dead.new_zeros(len(self.dead))
@@ -436,6 +449,8 @@ class Masks(Mapping[str, Mask]):
                 dead = torch.zeros_like(parameter, dtype=torch.bool, requires_grad=False)
                 self._masks[name] = Mask(dead, dead.clone())
         mask = self._masks[name]
+        if isinstance(mask, ListMask) and isinstance(axes, ListedAxes) and mask.is_outdated(parameter, axes):
+            mask = self._masks[name] = ListMask(len(parameter), mask.units, mask.inputs, mask.cells)
         if mask.dead.shape != parameter.shape:
             raise ValueError(
                 f"the mask of {name!r} has shape {tuple(mask.dead.shape)}, the parameter {tuple(parameter.shape)}: "

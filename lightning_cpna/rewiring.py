@@ -37,16 +37,16 @@ class Growth:
               (sparse momentum, Dettmers and Zettlemoyer 2019).
         std: They begin with ``N(0, std^2)``; 0 is zero, "initial" the standard deviation of the layer's weights when
             training started.
-        seed: The seed of what is drawn.
+        seed: The seed of what is drawn; None takes torch's own, which ``seed_everything`` sets.
 
     Example:
         >>> Growth("random", std=0.1)
-        Growth(kind='random', std=0.1, seed=0)
+        Growth(kind='random', std=0.1, seed=None)
     """
 
     kind: GrowthKind = "random"
     std: float | Literal["initial"] = 0.0
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         kinds = GrowthKind.__args__  # type: ignore[attr-defined]
@@ -208,7 +208,8 @@ def rewire_(
     """Let the weakest connections of a layer go and as many others come, in place.
 
     The number of connections stays exactly what it is. One that has just gone is free, and may come back; what is removed
-    for good never does. Weights that come have no moments, those of all others are left as they are.
+    for good never does. Weights that come have no moments, those of all others are left as they are. In a layer where all
+    live that ever may (a dense one that ``plant_`` did not make sparse), nothing is exchanged.
 
     Args:
         sparsity: The module and its masks.
@@ -225,7 +226,8 @@ def rewire_(
         How many were exchanged.
 
     Raises:
-        ValueError: If a weight is not finite, or the gradient is of the other storage's kind.
+        ValueError: If zeta is no fraction, the parameter is no weight, a weight is not finite, or the gradient is
+            of the other storage's kind.
 
     Example:
         >>> from lightning_cpna import SparseLinear, Sparsity
@@ -233,6 +235,11 @@ def rewire_(
         >>> rewire_(Sparsity(layer), "weight", zeta=0.3) in range(88, 91), len(layer.weight)
         (True, 300)
     """
+    check_zeta(zeta)
+    if name not in sparsity.targets or sparsity.targets[name].axes.input is None:
+        raise ValueError(
+            f"name is {name!r}; allowed is the name of a weight: {', '.join(_weights(sparsity)) or 'none'}"
+        )
     sparsity.add_mask(name)
     target, mask = sparsity.targets[name], sparsity.masks[name]
     parameter, axes = target.parameter, target.axes
@@ -244,12 +251,16 @@ def rewire_(
         raise ValueError(f"rewiring {name!r}: {error}") from error
     dying = mask.live_cells[gone] if rests else cells_of(gone)
     del weights, gone  # at a million neurons every list counts
+    if not len(dying):
+        return 0
     if isinstance(axes, ListedAxes) and isinstance(mask, ListMask):
         grid: _Flat = _Grid(axes, mask, dying)
     else:
         there = mask.live.flatten()
         there[dying] = False
         grid = _Flat(cells_of(there | mask.removed.flatten()), there.numel())
+    if grid.n_free == len(dying):
+        return 0
     born = grid.draw(len(dying), generator) if gradient is None else grid.best(gradient, len(dying))
     del grid
     values = torch.zeros(len(dying), dtype=torch.float64)
@@ -310,11 +321,19 @@ def plant_(
     parameter.div_(math.sqrt(n / parameter.numel()))
 
 
+def _weights(sparsity: Sparsity) -> list[str]:
+    return [name for name, target in sparsity.targets.items() if target.axes.input is not None]
+
+
 class _Flat:
     """The cells of a dense layer, some of which are taken."""
 
     def __init__(self, taken: Tensor, n_cells: int) -> None:
         self.taken, self.n_cells = taken, n_cells
+
+    @property
+    def n_free(self) -> int:
+        return self.n_cells - len(self.taken)
 
     def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
         return draw_cells(self.taken, self.n_cells, n, generator)

@@ -362,12 +362,14 @@ class _FullFiles:
 class _FullLists(_FullFiles):
     """The same of a ``SparseLinear``, whose file has a pattern."""
 
+    def __init__(self, kept: dict[str, Kept], names: dict[str, str]) -> None:
+        self.weight = names["weight"]
+        super().__init__(kept, {local: name for local, name in names.items() if local != "weight"})
+
     def save(self, layer: nn.Module, state_dict: dict[str, Any], prefix: str, rest: Any) -> None:
         """Number units and inputs as in the full layer."""
-        kept, names = self.kept.get(self.names["weight"]), self.names
-        self.names = {local: name for local, name in names.items() if local != "weight"}
         super().save(layer, state_dict, prefix, rest)
-        self.names = names
+        kept = self.kept.get(self.weight)
         if kept is None or kept.columns is None or prefix + "crow_indices" not in state_dict:
             return
         crow, col = (state_dict[f"{prefix}{part}_indices"] for part in ("crow", "col"))
@@ -379,10 +381,8 @@ class _FullLists(_FullFiles):
 
     def load(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Number units and inputs as in the small layer."""
-        kept, names = self.kept.get(self.names["weight"]), self.names
-        self.names = {local: name for local, name in names.items() if local != "weight"}
         super().load(state_dict, prefix, *rest)
-        self.names = names
+        kept = self.kept.get(self.weight)
         shape = state_dict.get(f"{prefix}shape")
         if kept is None or kept.columns is None or shape is None or shape.tolist() != list(kept.shape):
             return
@@ -391,7 +391,7 @@ class _FullLists(_FullFiles):
         numbers = torch.full((kept.shape[1],), -1, dtype=col.dtype, device=col.device)
         numbers[kept.columns.to(col.device)] = torch.arange(len(kept.columns), dtype=col.dtype, device=col.device)
         if int(counts.sum()) < len(col) or bool((numbers[col] < 0).any()):
-            raise ValueError(f"{names['weight']!r} was made smaller; the file has weights where nothing is left")
+            raise ValueError(f"{self.weight!r} was made smaller; the file has weights where nothing is left")
         state_dict[f"{prefix}crow_indices"], state_dict[f"{prefix}col_indices"] = starts(counts), numbers[col]
         state_dict[f"{prefix}shape"] = torch.tensor([len(kept.rows), len(kept.columns)], device=shape.device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
@@ -194,7 +195,8 @@ class SparseLinear(nn.Module):
 
     def to_dense(self) -> nn.Linear:
         """Return a dense layer that computes the same; its mask is ``live``."""
-        linear = nn.Linear(
+        linear: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+            nn.Linear,
             self.in_features,
             self.out_features,
             bias=self.bias is not None,
@@ -233,7 +235,7 @@ class SparseLinear(nn.Module):
     @property
     def parameter_axes(self) -> Mapping[str, Axes]:
         """How masks and scores find a connection's unit and input."""
-        return {"weight": ListedAxes(layer=self)}
+        return {"weight": ListedAxes(find=weakref.ref(self))}
 
     @torch.no_grad()
     def set_cells_(self, cells: Tensor) -> None:
@@ -342,11 +344,11 @@ class SparseLinear(nn.Module):
             optimizers: Where the moments are.
 
         Raises:
-            ValueError: If not as many come as go.
+            ValueError: If not as many come as go, or one that comes is there.
         """
         if len(dying) != len(cells):
             raise ValueError(f"cells has {len(cells)} connections; allowed is as many as die, {len(dying)}")
-        self.set_cells_(self._exchange(dying, cells, values, optimizers))
+        self.set_cells_(self._exchange(dying, cells, values, list(optimizers)))
 
     def _exchange(self, dying: Tensor, cells: Tensor, values: Tensor, optimizers: Iterable[Optimizer]) -> Tensor:
         """Put values and moments where they will be; return all cells. What it lists meanwhile is freed when it returns."""
@@ -354,6 +356,9 @@ class SparseLinear(nn.Module):
         keep[dying] = False
         kept = pick(self.cells, keep)
         order = merging_order(kept, cells)
+        moved = torch.cat([kept, cells]).index_select(0, order)
+        if not bool((moved[1:] > moved[:-1]).all()):
+            raise ValueError("cells: one is there already, or they are not ascending; allowed are others, in order")
 
         def move(tensor: Tensor, born: Tensor) -> None:
             tensor.copy_(torch.cat([pick(tensor.detach(), keep), born]).index_select(0, order))
@@ -365,7 +370,7 @@ class SparseLinear(nn.Module):
         for optimizer in optimizers:
             for _, value in moments_of(optimizer, self.weight):
                 move(value, zeros.to(value))
-        return torch.cat([kept, cells]).index_select(0, order)
+        return moved
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

@@ -166,7 +166,7 @@ class Sparsity:
         return max(self._counts_of(name, "unit", None))
 
     def _counts(self, budget: Budget, without: tuple[str, Tensor] | None = None) -> list[int]:
-        """Count what remains in each member, less some connections (bool) of one parameter."""
+        """Count what remains in each member, less some units, bool ``(member, unit)``, of one parameter."""
         counts = []
         for name in budget.names:
             gone = without[1] if without is not None and without[0] == name else None
@@ -175,8 +175,11 @@ class Sparsity:
 
     def _counts_of(self, name: str, granularity: Granularity, without: Tensor | None) -> list[int]:
         mask, axes = self.masks[name], self.targets[name].axes
-        if without is not None and not (granularity != "connection" and isinstance(mask, ListMask)):
-            return _count_groups(Mask(mask.dead | without, mask.removed | without), axes, granularity)
+        if without is not None:
+            if isinstance(mask, ListMask) and granularity == "unit":
+                return [int((~(mask.closed_units(axes) | without)).sum())]
+            where = self._spread(name, without, "unit") & (mask.live if isinstance(mask, ListMask) else True)
+            return _count_groups(Mask(mask.dead | where, mask.removed | where), axes, granularity)
         if granularity == "connection" and axes.member is None:
             return [mask.n_live]
         key, made = (name, granularity), (mask, mask.version)
@@ -355,7 +358,10 @@ class Sparsity:
         """Remove all that some connections, units or inputs (bool, ``(member, group)``) have or may ever have."""
         self.add_mask(name)
         if isinstance(mask := self.masks[name], ListMask):
-            mask.close_(**{"unit": {"units": gone[0]}, "feature": {"inputs": gone[0]}}.get(granularity, {}))
+            if granularity == "unit":
+                mask.close_(units=gone[0])
+            elif granularity == "feature":
+                mask.close_(inputs=gone[0])
         self.remove_(name, self._spread(name, gone, granularity), optimizers)
 
     def _spread(self, name: str, groups: Tensor, granularity: Granularity) -> Tensor:
@@ -482,7 +488,7 @@ class Sparsity:
             self.add_mask(name)
             where = self._spread(name, dead, "unit") & self.masks[name].live
             budgets = [budget for budget in self.budgets if name in budget.names]
-            if bool(where.any()) and all(min(self._counts(b, (name, where))) >= b.n_end for b in budgets):
+            if bool(where.any()) and all(min(self._counts(b, (name, dead))) >= b.n_end for b in budgets):
                 self._close_(name, dead, "unit", optimizers)
 
     def mask_gradients_(self) -> None:
@@ -495,7 +501,7 @@ class Sparsity:
     def report(self) -> SparsityReport:
         """Count what is alive in every masked parameter, in its full shape."""
         for name in self.masks:
-            self.masks[name].to_(self.tensors[name].device)
+            self.add_mask(name)
         own = [b for b in self.budgets if len(b.names) == 1 and b.granularity == "connection"]
         wanted = {budget.names[0]: budget.n_end for budget in own}
         targets, graph = dict(self.targets), self.full_graph or self.graph

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Protocol
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
-from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from lightning_cpna.sparse import SparseLinear
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -112,50 +114,36 @@ class Axes:
         return bias.movedim(0 if self.member < self.unit else -1, 0).flatten(1)
 
 
-class Listed(Protocol):
-    """A layer whose weight is a list of its connections' values."""
-
-    in_features: int
-    out_features: int
-    col_indices: Tensor
-
-    @property
-    def units(self) -> Tensor:
-        """The unit of each connection, ``(connection,)``."""
-
-    @property
-    def cells(self) -> Tensor:
-        """The place of each connection in the dense layer, ``(connection,)``."""
-
-    def drop_(self, dead: Tensor, optimizers: Iterable[Optimizer]) -> None:
-        """Take some connections, bool ``(connection,)``, out of the list and its optimizer's state."""
-
-    def spread_(self, units: Tensor, inputs: Tensor, out_features: int, in_features: int) -> None:
-        """Put the units and inputs at the places that they had in a larger layer."""
-
-    def rewire_(self, dying: Tensor, cells: Tensor, values: Tensor, optimizers: Iterable[Optimizer]) -> None:
-        """Put other connections in the place of as many."""
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ListedAxes(Axes):
     """The axes of a weight that is a list of connections, ``(connection,)``, which is its own ``view``.
 
     Attributes:
-        layer: The layer, which knows the unit and the input of each.
+        find: Returns the layer, which knows the unit and the input of each; it is not kept alive.
     """
 
-    layer: Listed
+    find: Callable[[], SparseLinear | None]
+
+    @property
+    def layer(self) -> SparseLinear:
+        """The layer."""
+        layer = self.find()
+        assert layer is not None
+        return layer
 
     def view(self, tensor: Tensor) -> Tensor:
         """Return the list."""
         return tensor
 
-    def spread(self, units: Tensor, inputs: Tensor, shape: Iterable[int]) -> ListedAxes:
+    def spread(self, units: Tensor, inputs: Tensor, shape: torch.Size) -> ListedAxes:
         """Return the axes of the layer of which only some units and inputs are left."""
-        full = copy.deepcopy(self.layer)
-        full.spread_(units, inputs, *shape)
-        return ListedAxes(layer=full)
+        full: Any = SimpleNamespace(
+            out_features=shape[0],
+            in_features=shape[1],
+            units=units.to(self.layer.units)[self.layer.units],
+            col_indices=inputs.to(self.layer.col_indices)[self.layer.col_indices],
+        )
+        return ListedAxes(find=lambda: full)
 
     def n_units(self, tensor: Tensor) -> int:
         """See the base."""

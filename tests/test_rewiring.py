@@ -98,7 +98,11 @@ class Case:
 
         standard: dict[str, Any] = {"optimizers": self.optimizers, "generator": torch.Generator().manual_seed(seed)}
         options = standard | {"agree": keep} | options
+        before = len(self.decisions)
         n = rewire_(self.sparsity, "weight", zeta, **options)
+        if len(self.decisions) == before:  # nothing is to be decided
+            nothing = torch.empty(0, dtype=torch.int64)
+            self.decisions.append(Decision(nothing, nothing, torch.empty(0, dtype=torch.float64)))
         assert n == len(self.decisions[-1].dying)
         return self.decisions[-1]
 
@@ -243,6 +247,9 @@ def test_counts_stay_exact_and_survivors_keep_their_values_whatever_the_layer(
     gradient = (factors if storage == "sparse" else dense) if by_gradient else None
     decision = case.rewire(float(zeta), seed, gradient=gradient)
 
+    if bool(live.all()):  # there is nowhere to grow
+        assert torch.equal(case.weight, weight)
+        return
     died = case.died(decision, live)
     before, n = (weight * live)[live].tolist(), len(decision.born)
     n_zeros, n_gone = before.count(0.0), math.floor(zeta * len(before))
@@ -302,13 +309,12 @@ def test_other_optimizers_and_the_bias_are_left_alone(storage: str) -> None:
 
 
 @in_both_storages
-def test_a_full_layer_stays_full_and_what_went_comes_back_at_zero(storage: str) -> None:
+def test_a_full_layer_is_left_as_it_is(storage: str) -> None:
     weight = weights_of(5, 6)
     case = Case(storage, weight, torch.ones(5, 6, dtype=torch.bool))
-    died = case.died(case.rewire(0.5), case.live)
+    assert len(case.rewire(0.5).dying) == 0
     assert bool(case.live.all())
-    assert sorted(weight[~died].tolist()) == survivors(weight.flatten().tolist(), Fraction(1, 2))
-    assert torch.equal(case.weight, weight * ~died)
+    assert torch.equal(case.weight, weight)
 
 
 def test_connections_that_grow_leave_moments_of_earlier_times_behind() -> None:
@@ -560,7 +566,7 @@ def factors_of(n_out: int, n_in: int, scales: Sequence[float], whole: bool = Fal
 @on_every_device
 @pytest.mark.parametrize("block", [1, 7, 30, 2**22])
 @pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize(("n_out", "n_in", "density"), [(8, 9, 0.3), (3, 25, 0.7), (25, 3, 0.2), (6, 6, 1.0)])
+@pytest.mark.parametrize(("n_out", "n_in", "density"), [(8, 9, 0.3), (3, 25, 0.7), (25, 3, 0.2), (6, 6, 0.9)])
 def test_the_free_cells_of_the_largest_gradients_come_as_sorted_by_brute_force(
     n_out: int, n_in: int, density: float, whole: bool, block: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -757,7 +763,7 @@ def test_a_growth_that_cannot_be_names_what_is_allowed(settings: dict[str, Any],
 
 def test_growth_looks_at_as_many_batches_as_its_paper_says() -> None:
     assert {kind: Growth(kind).window for kind in get_args(GrowthKind)} == {"random": 0, "gradient": 1, "momentum": 20}
-    assert Growth("momentum", std="initial") == Growth(std="initial", kind="momentum", seed=0)
+    assert Growth("momentum", std="initial") == Growth(std="initial", kind="momentum", seed=None)
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,12 @@ from lightning_cpna._lightning import Callback, LightningModule, Trainer
 from lightning_cpna.activations import Watch
 from lightning_cpna.callbacks.capture import Capture, is_compiled, trace_few
 from lightning_cpna.cells import cells_of, pack, unpack
+from lightning_cpna.layers import layers_of
 from lightning_cpna.masks import ListMask
 from lightning_cpna.moments import is_elementwise, optimizer_of, zero_moments_
 from lightning_cpna.report import SparsityReport
 from lightning_cpna.shrink import Shrinking
+from lightning_cpna.sparse import SparseLinear
 from lightning_cpna.sparsity import Budget, Sparsity, sparsity_of
 from lightning_cpna.targets import all_targets
 
@@ -46,7 +48,7 @@ class Fit:
         capture: Records a batch.
         planned: Whether it is decided what will be done when.
         logged_at_target: What was logged last.
-        averaged_live: How many connections lived when averages of the weights were masked last.
+        averaged_version: The version of the masks when averages of the weights were masked last.
         watch: What the units did, for callbacks that ask.
         watching: Open while a batch is watched.
         batch: The batch that is watched, and its index.
@@ -66,7 +68,7 @@ class Fit:
     capture: Capture | None = None
     planned: bool = False
     logged_at_target: bool | None = None
-    averaged_live: int = -1
+    averaged_version: int = -1
     watch: Watch | None = None
     watching: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     batch: tuple[Any, int] | None = None
@@ -188,6 +190,7 @@ class SparsityCallback(Callback):
         """Save the masks, once."""
         if self._is_first(trainer):
             sparsity = sparsity_of(pl_module)
+            _renew_lists(checkpoint["state_dict"], trainer)
             checkpoint[CHECKPOINT_KEY] = sparsity.masks.full(sparsity.kept).state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -261,7 +264,7 @@ class SparsityCallback(Callback):
                 why = "is in no optimizer" if owner is None else "is frozen (requires_grad=False)"
                 raise ValueError(f"targets: {name!r} {why}; allowed are parameters that are trained")
             owners.append(owner)
-        listed = [name for name in fit.names if isinstance(fit.sparsity.masks[name], ListMask)]
+        listed = [name for name, layer in layers_of(pl_module).items() if isinstance(layer, SparseLinear)]
         if listed and (averaging := _averaging(trainer)):
             raise ValueError(
                 f"targets: connections of {listed[0]!r}, a SparseLinear, come and go, but {averaging}; allowed are masks "
@@ -380,10 +383,10 @@ class SparsityCallback(Callback):
 
     def _mask_averages(self, fit: Fit) -> None:
         """Mask the copies that weight-averaging callbacks keep (EMA, SWA); an average of zeros stays zero by itself."""
-        live = sum(mask.n_live for mask in fit.sparsity.masks.values())
-        if not fit.leads or live == fit.averaged_live:
+        version = sum(mask.version for mask in fit.sparsity.masks.values())
+        if not fit.leads or version == fit.averaged_version:
             return
-        fit.averaged_live = live
+        fit.averaged_version = version
         for callback in fit.trainer.callbacks:  # type: ignore[attr-defined]
             average = getattr(callback, "_average_model", None)
             if isinstance(average, nn.Module):
@@ -472,6 +475,15 @@ class SparsityCallback(Callback):
 
 def _ours(trainer: Trainer) -> list[SparsityCallback]:
     return [c for c in trainer.callbacks if isinstance(c, SparsityCallback)]  # type: ignore[attr-defined]
+
+
+def _renew_lists(state_dict: dict[str, Any], trainer: Trainer) -> None:
+    """Put the connections of sparse layers into a state that was taken before ``state_dict`` of a callback pruned them."""
+    now = trainer.strategy.lightning_module_state_dict()
+    for key in now:
+        if key.endswith("crow_indices") and key in state_dict:
+            prefix = key.removesuffix("crow_indices")
+            state_dict |= {prefix + part: now[prefix + part] for part in ("weight", "crow_indices", "col_indices")}
 
 
 def _refuse_to_shrink(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from functools import partial
 from typing import Any, Literal
 
@@ -77,8 +78,14 @@ class SETRewiring(SparsityCallback):
         if isinstance(targets, list):
             if not targets or not all(isinstance(pattern, str) for pattern in targets):
                 raise ValueError(f"targets is {targets!r}; allowed is a list of names, at least one, or a dict")
-        else:
+            if distribution != "uniform":
+                raise ValueError(f"distribution is {distribution!r}; allowed with a list of targets is 'uniform'")
+        elif isinstance(targets, dict):
             check_targets(targets)
+        else:
+            raise ValueError(
+                f"targets is {targets!r}; allowed is a list of names, or a dict from name to count or density"
+            )
         if not isinstance(zeta, Decay):
             check_zeta(zeta)
         if every != "epoch" and (type(every) is not int or every < 1):
@@ -117,11 +124,14 @@ class SETRewiring(SparsityCallback):
 
     def _begin(self) -> None:
         super()._begin()
-        self._generator.manual_seed(self._growth.seed)
+        seed = self._growth.seed
+        self._generator.manual_seed(torch.initial_seed() if seed is None else seed)
         self._stds = dict[str, float]()
         self._last = (0.0, 0)
         self._gradients = dict[str, Tensor | list[Factors]]()
         self._pending = dict[str, Tensor | list[Factors]]()
+        self._is_complete = False  # whether what is pending is that of a whole step
+        self._stride = 1  # steps a batch
 
     # Before training
 
@@ -133,15 +143,36 @@ class SETRewiring(SparsityCallback):
                     f"targets: {target.name!r} is no weight of a layer, or of a stack; allowed are weights"
                 )
             sparsity.add_mask(target.name)
+        self._refuse_more(sparsity, pl_module)
         return [
             Budget(target.name, (target.name,), "connection", sparsity.masks[target.name].n_live) for target in found
         ]
+
+    def _refuse_more(self, sparsity: Sparsity, pl_module: LightningModule) -> None:
+        """Raise where a layer that is sparse already has more connections than it should begin with."""
+        if isinstance(self.targets, list) or self.distribution != "uniform":
+            return
+        for pattern, group in resolve(pl_module, self.targets).items():
+            for target in group:
+                n, mask = n_keep(self.targets[pattern], target.axes.size(target.parameter), target.name), sparsity.masks
+                if not _is_dense(sparsity, target) and mask[target.name].n_live > n:
+                    raise ValueError(
+                        f"targets: {target.name!r} should begin with {n} connections, but is sparse already, with "
+                        f"{mask[target.name].n_live}; allowed is its name in a list, which keeps what it has"
+                    )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the targets, and let connections of dense ones rest."""
         super().on_fit_start(trainer, pl_module)
         fit = self._running()
         masks = fit.sparsity.masks
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if not isinstance(other, SETRewiring) or other is self or other._fit is None:
+                continue
+            if shared := set(fit.names) & set(other._fit.names):
+                raise ValueError(
+                    f"targets: {min(shared)!r} is rewired by {other.name!r} and by {self.name!r}; allowed is one of them"
+                )
         for name, n in self._planted(fit.sparsity, pl_module).items():
             plant_(fit.sparsity, name, n, generator=self._generator, agree=partial(broadcast, trainer))
         fit.budgets = self._find_budgets(fit.sparsity, pl_module)
@@ -176,8 +207,23 @@ class SETRewiring(SparsityCallback):
         return {name: planted[name] for name in sorted(planted)}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that it is known when to act."""
+        """Check that it is known when to act, and that it is not too late."""
         super().on_train_start(trainer, pl_module)
+        fit = self._running()
+        self._gradients = {
+            name: _to_device(gradient, fit.sparsity.tensors[name].device) for name, gradient in self._gradients.items()
+        }
+        if self._growth.window and any(getattr(other, "shrink", False) for other in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError(
+                f"growth is {self._growth.kind!r}, which remembers gradients, but shrink is True in another callback; "
+                "allowed is growth='random', or shrink=False"
+            )
+        if self.every != "epoch" and self.every >= _n_steps(trainer):
+            warnings.warn(
+                f"{self.name}: every is {self.every}, but the run has {_n_steps(trainer):.0f} optimizer steps: nothing will "
+                "be rewired; lower it, or train longer",
+                stacklevel=2,
+            )
         if isinstance(self.zeta, Decay) and not math.isfinite(_n_steps(trainer)):
             raise ValueError(
                 f"zeta is {self.zeta}, which ends after a fraction of the run, whose number of optimizer steps is not known "
@@ -199,8 +245,6 @@ class SETRewiring(SparsityCallback):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         fit = self._running()
         fit.watching.close()
-        if batch_idx % trainer.accumulate_grad_batches == 0:  # of a step that AMP skipped
-            self._pending = {}
         if not self._is_watched(trainer, batch_idx):
             return
         listed = {name: layer for name, layer in layers_of(pl_module).items() if name in fit.names}
@@ -217,21 +261,27 @@ class SETRewiring(SparsityCallback):
             together: int = trainer.accumulate_grad_batches
             steps_left: float = -(-trainer.num_training_batches // together) - batch_idx // together
             return steps_left <= window
-        return bool(self.every - self._step % self.every <= window)
+        return bool(window and self.every - self._step % self.every < window + self._stride)
 
     def _watch(
         self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
+        if not output.requires_grad or not layer.get_parameter("weight").requires_grad:  # another optimizer's turn
+            return
         x = (args[0] if args else kwargs["input"]).detach()
         x = x.reshape(-1, x.shape[-1])  # (row, input)
 
         def keep(gradient: Tensor) -> None:
+            self._forget_skipped()
             factors = self._pending.setdefault(name, [])
             assert isinstance(factors, list)
-            factors.append(Factors(gradient.detach().reshape(len(x), -1), x, 1.0))
+            rows = gradient.t() if gradient.shape == (output.shape[-1], len(x)) else gradient.reshape(len(x), -1)
+            factors.append(Factors(rows.detach(), x, 1.0))
 
-        if output.requires_grad:
-            output.register_hook(keep)  # type: ignore[no-untyped-call]
+        # What is changed in place afterwards (by an activation) is the tensor that the output is a view of.
+        base = output._base
+        is_view = base is not None and base.shape == (output.shape[-1], len(x)) and base.grad_fn is not None
+        (base if is_view and base is not None else output).register_hook(keep)  # type: ignore[no-untyped-call]
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the hooks off, so that the module can be copied."""
@@ -241,31 +291,50 @@ class SETRewiring(SparsityCallback):
     def _before_masking(self, fit: Fit, optimizer: Optimizer) -> None:
         if not self._is_watched(fit.trainer, fit.trainer.fit_loop.epoch_loop.batch_idx):
             return
+        self._forget_skipped()
+        scaler = getattr(fit.trainer.precision_plugin, "scaler", None)
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        for name, pending in self._pending.items():
+            if isinstance(pending, list) and optimizer_of([optimizer], fit.sparsity.tensors[name]) is not None:
+                self._pending[name] = [part._replace(scale=part.scale / scale) for part in pending]
+        self._is_complete = optimizer_of([optimizer], fit.sparsity.tensors[fit.names[0]]) is not None
         for name in fit.names:
             parameter = fit.sparsity.tensors[name]
             dense = not isinstance(fit.sparsity.masks[name], ListMask)
             if dense and parameter.grad is not None and optimizer_of([optimizer], parameter) is not None:
                 self._pending[name] = parameter.grad.detach().clone()
 
+    def _forget_skipped(self) -> None:
+        """Forget the gradients of a step that was to be made, and was not."""
+        if self._is_complete:
+            self._pending, self._is_complete = {}, False
+
+    def _count_step(self, optimizer: Optimizer, *rest: Any) -> None:
+        before = self._step
+        super()._count_step(optimizer, *rest)
+        if self._step > before:
+            self._take_in()
+
     def _take_in(self) -> None:
         """Take in the gradients of the step that was just made."""
         for name, new in self._pending.items():
             old = self._gradients.get(name)
             if isinstance(new, Tensor):
-                self._gradients[name] = new if old is None else new.add_(old, alpha=MEMORY)  # type: ignore[arg-type]
+                self._gradients[name] = new if old is None or self._growth.window == 1 else new.add_(old, alpha=MEMORY)  # type: ignore[arg-type]
             else:
                 aged = [part._replace(scale=MEMORY * part.scale) for part in old or ()]
-                self._gradients[name] = aged + new
-        self._pending = {}
+                self._gradients[name] = new if self._growth.window == 1 else aged + new
+        self._pending, self._is_complete = {}, False
 
     # Rewiring
 
     @torch.no_grad()
     def _after_step(self, fit: Fit) -> None:
         fit.watching.close()
-        self._take_in()
-        is_last = self._step >= _n_steps(fit.trainer)
-        if self.every != "epoch" and self._step % self.every == 0 and not is_last:
+        self._stride = self._step - self._handled_step
+        is_last = _is_last_batch(fit.trainer)
+        is_due = self.every != "epoch" and self._step // self.every > self._handled_step // self.every
+        if is_due and not is_last:
             self._rewire(fit)
 
     @torch.no_grad()
@@ -276,12 +345,17 @@ class SETRewiring(SparsityCallback):
     def _rewire(self, fit: Fit) -> None:
         zeta = self.zeta(self._step, _n_steps(fit.trainer)) if isinstance(self.zeta, Decay) else self.zeta
         exchanged = 0
+        if zeta == 0:  # a Decay has ended
+            self._gradients, self._last = {}, (zeta, 0)
+            return
         for name in sorted(fit.names):
             if self._growth.kind != "random" and name not in self._gradients:
-                raise ValueError(
-                    f"{self.name}: growth is {self._growth.kind!r}, but no gradient of {name!r} was seen; allowed is "
-                    "growth='random', or a layer that runs in every batch"
+                warnings.warn(
+                    f"{self.name}: growth is {self._growth.kind!r}, but no gradient of {name!r} was seen in the last batches "
+                    f"before step {self._step}: it is not rewired this time",
+                    stacklevel=2,
                 )
+                continue
             try:
                 exchanged += rewire_(
                     fit.sparsity,
@@ -309,6 +383,12 @@ def _n_steps(trainer: Trainer) -> float:
     return total if total >= 0 else math.inf
 
 
+def _is_last_batch(trainer: Trainer) -> bool:
+    """Tell whether the run ends with this batch."""
+    at_max_steps = 0 <= trainer.max_steps <= trainer.global_step
+    return at_max_steps or bool(trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs)
+
+
 def _is_dense(sparsity: Sparsity, target: Target) -> bool:
     """Tell whether nothing of a weight rests or is removed yet."""
     mask = sparsity.masks[target.name]
@@ -319,6 +399,12 @@ def _to_state(gradient: Tensor | list[Factors]) -> Any:
     if isinstance(gradient, Tensor):
         return gradient.cpu()
     return [[part.output_gradient.cpu(), part.x.cpu(), part.scale] for part in gradient]
+
+
+def _to_device(gradient: Tensor | list[Factors], device: torch.device) -> Tensor | list[Factors]:
+    if isinstance(gradient, Tensor):
+        return gradient.to(device)
+    return [Factors(part.output_gradient.to(device), part.x.to(device), part.scale) for part in gradient]
 
 
 def _from_state(state: Any) -> Tensor | list[Factors]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_cpna import (
     CPNAPruning,
+    Cubic,
     Decay,
     EpochFraction,
     Growth,
@@ -187,10 +188,8 @@ def test_it_acts_between_epochs_and_never_before_the_first_or_after_the_last() -
     assert torch.equal(patterns[5], model.net[2].live)
 
 
-@pytest.mark.parametrize(("sized", "expected"), [(True, [4, 8, 12, 16]), (False, [4, 8, 12, 16, 20])])
-def test_after_so_many_steps_it_acts_but_not_after_the_last_one_where_it_is_known(
-    sized: bool, expected: list[int]
-) -> None:
+@pytest.mark.parametrize("sized", [True, False])
+def test_after_so_many_steps_it_acts_but_not_after_the_last_one(sized: bool) -> None:
     batches = data() if sized else torch.utils.data.DataLoader(Stream(), batch_size=None)
     model = Double(sparse())
     spy = Spy(lambda _, module: module.net[2].live)
@@ -200,7 +199,7 @@ def test_after_so_many_steps_it_acts_but_not_after_the_last_one_where_it_is_know
         step for step, (old, new) in enumerate(zip([before, *spy.answers], spy.answers, strict=False), start=1)
         if not torch.equal(old, new)
     ]  # fmt: skip
-    assert changed == expected
+    assert changed == [4, 8, 12, 16]
 
 
 @pytest.mark.parametrize("neurons_first", [True, False])
@@ -409,7 +408,12 @@ def test_it_logs_what_happened() -> None:
         ({"targets": ["a"], "every": 0}, "every is 0; allowed is 'epoch' or an int"),
         ({"targets": ["a"], "growth": "big"}, "growth is 'big'; allowed is one of random, gradient, momentum"),
         ({"targets": ["a"], "epsilon": 0}, "epsilon is 0; allowed is a float > 0"),
-        ({"targets": ["a"], "distribution": "even"}, "distribution is 'even'; allowed is one of 'uniform'"),
+        ({"targets": {"a": 5}, "distribution": "even"}, "distribution is 'even'; allowed is one of 'uniform'"),
+        (
+            {"targets": ["a"], "distribution": "erk"},
+            "distribution is 'erk'; allowed with a list of targets is 'uniform'",
+        ),
+        ({"targets": "a"}, "targets is 'a'; allowed is a list of names, or a dict"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:
@@ -458,3 +462,141 @@ def test_gradients_of_a_step_that_amp_skips_are_forgotten(growth: Any, storage: 
     if storage == "sparse":
         assert counts(model) == before
         assert not torch.equal(state["2.live"], dense_state(Double(sparse()))["2.live"])
+
+
+def test_seed_everything_draws_the_connections_and_a_seed_of_growth_does_so_alone() -> None:
+    def live(seed: int, **options: Any) -> Tensor:
+        pl.seed_everything(seed)
+        model = Classifier(nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 1)))
+        trainer(SETRewiring(["net.0.weight"], epsilon=2, **options), epochs=1).fit(model, data())
+        return sparsity_of(model).masks["net.0.weight"].live
+
+    assert torch.equal(live(1), live(1))
+    assert not torch.equal(live(1), live(2))
+    assert torch.equal(live(1, growth=Growth(seed=5)), live(2, growth=Growth(seed=5)))
+
+
+@pytest.mark.parametrize("pruning", ["connections", "neurons"])
+@pytest.mark.parametrize("storage", ["sparse", "masks"])
+def test_a_checkpoint_saved_inside_a_batch_holds_what_its_step_pruned(
+    tmp_path: Path, storage: str, pruning: str
+) -> None:
+    def module() -> Double:
+        return Double(sparse(30)) if storage == "sparse" else masked(sparse(30))
+
+    def callbacks() -> list[Any]:
+        first = (
+            CPNAPruning({"net.2.weight": 40}, schedule=Cubic(1, 9), score="magnitude", normalize=False)
+            if pruning == "connections"
+            else NeuronPruning({"net.0.weight": 10}, schedule=Cubic(1, 9), score="norm", compensate=None)
+        )
+        return [first, SETRewiring(NAMES, every=3)]
+
+    class Early(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step in (2, 5, 7):
+                trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+
+    model, batches = module(), data(batch_size=64)
+    trainer(Early(), *callbacks(), epochs=12).fit(model, batches)
+    for file in sorted(tmp_path.glob("*.ckpt")):
+        resumed = Double(sparse(30, seed=4)) if storage == "sparse" else module()
+        trainer(*callbacks(), epochs=12).fit(resumed, batches, ckpt_path=file, weights_only=True)
+        for name, value in dense_state(model).items():
+            assert torch.equal(value, dense_state(resumed)[name]), (file.name, name)
+
+
+def test_averages_have_zeros_where_nothing_lives_after_a_rewiring(tmp_path: Path) -> None:
+    model, files = masked(sparse()), checkpoint(tmp_path, every_n_train_steps=6)
+    average = pl.callbacks.EMAWeightAveraging(decay=0.5)
+    trainer(SETRewiring(NAMES), average, files, epochs=6, enable_checkpointing=True).fit(model, data())
+    saved = sorted(tmp_path.glob("*.ckpt"))
+    assert len(saved) == 4
+    for file in saved:
+        state = torch.load(file, weights_only=True)["state_dict"]
+        for name, n in zip(NAMES, counts(model), strict=True):
+            assert int(state[name].count_nonzero()) <= n
+
+
+@pytest.mark.parametrize("growth", ["gradient", "momentum"])
+def test_an_activation_in_place_leaves_the_gradient_what_it_is(growth: Any) -> None:
+    results = []
+    for inplace in (False, True):
+        net = sparse()
+        net[1], net[3] = nn.ReLU(inplace), nn.ReLU(inplace)
+        model = Double(net)
+        trainer(SETRewiring(NAMES, growth=growth), epochs=5).fit(model, data())
+        results.append(dense_state(model))
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+def test_a_scale_of_amp_that_changes_does_not_change_what_grows() -> None:
+    results = []
+    for storage in ("sparse", "masks"):
+        model = Double(sparse()) if storage == "sparse" else masked(sparse())
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
+        precision = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler=scaler)
+        trainer(SETRewiring(NAMES, growth="momentum", every=5), plugins=[precision], epochs=5).fit(model, data())
+        results.append(dense_state(model))
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], rtol=0, atol=1e-9, msg=name)
+
+
+def test_several_steps_a_batch_miss_no_rewiring() -> None:
+    class Twice(Double):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__(net)
+            self.automatic_optimization = False
+
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
+            optimizer: Any = self.optimizers()
+            for _ in range(2):
+                optimizer.zero_grad()
+                self.manual_backward(super().training_step(batch, batch_idx))
+                optimizer.step()
+
+    model = Twice(sparse())
+    spy = Spy(lambda _, module: dense_state(module)["2.live"])
+    before = dense_state(model)["2.live"]
+    trainer(SETRewiring(NAMES, every=5, growth="gradient"), spy, epochs=4).fit(model, data())  # 16 batches, 32 steps
+    changed = [
+        batch for batch, (old, new) in enumerate(zip([before, *spy.answers], spy.answers, strict=False), start=1)
+        if not torch.equal(old, new)
+    ]  # fmt: skip
+    assert changed == [3, 5, 8, 10, 13, 15]  # after steps 5, 10, 15, 20, 25, 30
+
+
+def test_what_does_not_go_together_is_refused_and_what_does_nothing_warns() -> None:
+    with pytest.raises(ValueError, match=r"'net.2.weight' is rewired by 'a' and by 'b'"):
+        trainer(SETRewiring(NAMES, name="a"), SETRewiring(["net.2.weight"], name="b")).fit(Double(sparse()), data())
+    with pytest.raises(ValueError, match=r"'net.2.weight' should begin with 10 connections, but .*with 80"):
+        trainer(SETRewiring({"net.2.weight": 10})).fit(Double(sparse()), data())
+    neurons = NeuronPruning({"net.0.weight": 10}, schedule=OneShot(5), score="norm", compensate=None, shrink=True)
+    with pytest.raises(ValueError, match="growth is 'gradient', which remembers gradients, but shrink is True"):
+        trainer(neurons, SETRewiring(NAMES, growth="gradient")).fit(Double(sparse()), data())
+    with pytest.warns(UserWarning, match="every is 100, but the run has 8 optimizer steps"):
+        trainer(SETRewiring(NAMES, every=100), epochs=2).fit(Double(sparse()), data())
+
+
+def test_a_layer_that_took_a_file_is_reported_and_trained_on() -> None:
+    model = Double(sparse(40))
+    start = copy.deepcopy(model.state_dict())
+    neurons = NeuronPruning({"net.0.weight": 10}, schedule=OneShot(5), score="norm", compensate=None)
+    trainer(neurons, SETRewiring(NAMES), epochs=3).fit(model, data())
+    model.load_state_dict(start)
+    assert [layer.connections for layer in sparsity_of(model).report().layers] == [92, 160, 20]
+    trainer(SETRewiring(NAMES), epochs=2).fit(model, data())
+    assert counts(model) == [92, 160, 20]
+
+
+def test_a_module_is_forgotten_with_its_layer() -> None:
+    import gc
+    import weakref
+
+    layer = SparseLinear(6, 4, 1)
+    sparsity_of(layer).add_mask("weight")
+    gone = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert gone() is None
