@@ -124,10 +124,12 @@ def rows(**values: Any) -> list[dict[str, Any]]:
 def test_table_2_has_best_last_paper_and_what_reaches_it() -> None:
     text = table2(rows(test=[72.0, 65.0]))
     assert "| Yale | 72.0 ± 0.0 (70.9)<br>65.0 ± 0.0 | 72.0 ± 0.0<br>65.0 ± 0.0 |" in text
-    assert "| reaches the paper | 1 of 1 |  |" in text
+    assert "| best ≥ paper - 1 example | 1 of 1 |  |" in text
+    assert "| last ≥ paper - 1 example | 0 of 1 |  |" in text
     assert "| seeds | 2 | 2 |" in text
-    assert "| reaches the paper | 1 of 1 |  |" in table2(rows(test=[70.9 - 100 / 55 + 0.01]))
-    assert "| reaches the paper | 0 of 1 |  |" in table2(rows(test=[70.9 - 100 / 55 - 0.01]))
+    assert "| best ≥ paper - 1 example | 1 of 1 |  |" in table2(rows(test=[70.9 - 100 / 55 + 0.01]))
+    assert "| best ≥ paper - 1 example | 0 of 1 |  |" in table2(rows(test=[70.9 - 100 / 55 - 0.01]))
+    assert "| seeds | 1-2 | 0-2 |" in table2([*rows(), *(row | {"set": "GLIOMA"} for row in rows()[:1])])
 
 
 def test_figures_are_drawn(tmp_path: Path) -> None:

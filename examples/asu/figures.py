@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from examples.asu.training import accuracy, data, run
-from lightning_cpna import Sparsity, UnitScore, trace
-from lightning_cpna.unit_scores import UnitInputs
+from examples.asu.training import RECIPES, accuracy, data, run
+from lightning_cpna import Sparsity, UnitInputs, UnitScore, trace
 
 Row = dict[str, Any]
 WHICH = ("first", "second", "both")
@@ -30,7 +29,7 @@ def removal(name: str, seed: int, folder: Path | None = None) -> list[Row]:
         The test accuracies at the removed ``FRACTIONS``, a row for each hidden layer and order.
     """
     _, module = run(name, "SET", seed, folder)
-    train, test = data(name, seed, folder)
+    train, test = data(name, seed, folder, RECIPES[name].inputs)
     rows = []
     for which in WHICH:
         for order, score in ORDERS.items():

@@ -15,8 +15,7 @@ from torch import nn
 
 from examples.asu.problem import EPSILON, METHODS, NEURONS, PROBLEMS, Problem
 from examples.readme import fill
-from lightning_cpna import SparseLinear, Sparsity, UnitScore, rewire_, trace
-from lightning_cpna.unit_scores import UnitInputs
+from lightning_cpna import SparseLinear, Sparsity, UnitInputs, UnitScore, rewire_, trace
 
 Row = dict[str, Any]
 
@@ -63,13 +62,13 @@ def pivot(rows: list[Row]) -> str:
 def table2(rows: list[Row]) -> str:
     """Return Table 2: the best test accuracy over the epochs, as the paper reports, and below it that after the last.
 
-    The last lines count where the mean of the best is at least the paper's number less one test example.
+    The last lines count the data sets where the mean over seeds is at least the paper's number less one test example.
     """
     groups = _grouped(rows)
     names = _order({name for name, _ in groups}, PROBLEMS)
     methods = _order({method for _, method in groups}, METHODS)
     lines = ["| data set | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
-    reached = dict.fromkeys(methods, 0)
+    reached = {"best": dict.fromkeys(methods, 0), "last": dict.fromkeys(methods, 0)}
     compared = dict.fromkeys(methods, 0)
     for name in names:
         cells = []
@@ -83,13 +82,17 @@ def table2(rows: list[Row]) -> str:
             if (paper := (PROBLEMS[name].accuracy or {}).get(method)) is not None:
                 beside = f" ({paper})"
                 compared[method] += 1
-                reached[method] += statistics.mean(best) >= paper - 100 / group[0]["n_test"]
+                for which, values in (("best", best), ("last", last)):
+                    reached[which][method] += statistics.mean(values) >= paper - 100 / group[0]["n_test"]
             cells.append(f"{mean_and_spread(best)}{beside}<br>{mean_and_spread(last)}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    seeds = ["" if not compared[method] else f"{reached[method]} of {compared[method]}" for method in methods]
-    lines.append("| reaches the paper | " + " | ".join(seeds) + " |")
-    counts = [len({row["seed"] for row in rows if row["method"] == method}) for method in methods]
-    lines.append("| seeds | " + " | ".join(map(str, counts)) + " |")
+    for which, counts in reached.items():
+        cells = ["" if not compared[method] else f"{counts[method]} of {compared[method]}" for method in methods]
+        lines.append(f"| {which} ≥ paper - 1 example | " + " | ".join(cells) + " |")
+    numbers = {method: sorted({len(groups.get((name, method), [])) for name in names}) for method in methods}
+    lines.append(
+        "| seeds | " + " | ".join("-".join(map(str, (n[0], n[-1])[: len(n)])) for n in numbers.values()) + " |"
+    )
     return "\n".join(lines)
 
 

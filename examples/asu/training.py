@@ -138,14 +138,16 @@ def accuracy(module: nn.Module, split: Split) -> float:
     return 100 * float(right)
 
 
-def data(name: str, seed: int, folder: Path | None, validate: bool = False) -> tuple[Split, Split]:
+def data(
+    name: str, seed: int, folder: Path | None, inputs: str = "standardized", validate: bool = False
+) -> tuple[Split, Split]:
     """Return the scaled training and test part; with ``validate``, a quarter of the training part stands for the test."""
     train, test = asu(name, seed, folder)
     if validate:
         rows = torch.randperm(len(train.y), generator=torch.Generator().manual_seed(seed))
         held, rest = rows[: len(rows) // 4], rows[len(rows) // 4 :]
         train, test = Split(train.x[rest], train.y[rest]), Split(train.x[held], train.y[held])
-    return (standardized if RECIPES[name].inputs == "standardized" else word_counts)(train, test)
+    return (standardized if inputs == "standardized" else word_counts)(train, test)
 
 
 def build(problem: Problem, method: str, recipe: Recipe) -> tuple[MLP, list[Any]]:
@@ -200,7 +202,7 @@ def run(
     silence()
     torch.set_num_threads(1)
     recipe = recipe or RECIPES[name]
-    train, test = data(name, seed, folder, validate)
+    train, test = data(name, seed, folder, recipe.inputs, validate)
     pl.seed_everything(seed, verbose=False)
     module, callbacks = build(PROBLEMS[name], method, recipe)
     curves = Curves(train, test)
