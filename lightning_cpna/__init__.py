@@ -5,15 +5,17 @@ from lightning_cpna.callbacks import CPNAPruning, DeadUnitLogger, NeuronPruning,
 from lightning_cpna.compact import Compacted, compact, load_compact
 from lightning_cpna.cost import Cost, cost_of
 from lightning_cpna.graph import Graph
+from lightning_cpna.growth import Decay, Factors, Growth
 from lightning_cpna.landscape import LayerUnits, UnitReport, plot_units, unit_report
-from lightning_cpna.masks import Masks, infer_masks, keep_top
+from lightning_cpna.masks import Masks, infer_masks
 from lightning_cpna.observe import mean_replacement_penalties, observe
 from lightning_cpna.plots import Connectivity, connectivity, plot_connectivity, plot_schedule
 from lightning_cpna.report import LayerReport, SparsityReport
 from lightning_cpna.rescale import rescale_
-from lightning_cpna.rewiring import Decay, Factors, Growth, plant_, rewire_
+from lightning_cpna.rewiring import plant_, rewire_
 from lightning_cpna.schedules import Annealing, Cubic, EpochFraction, Geometric, Linear, OneShot, Schedule
 from lightning_cpna.scores import Score, ScoreInputs
+from lightning_cpna.selection import keep_top
 from lightning_cpna.sparse import SparseLinear
 from lightning_cpna.sparsity import Budget, Sparsity, sparsity_of
 from lightning_cpna.targets import Axes, Target

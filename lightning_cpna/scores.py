@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cpna.graph import Graph
-from lightning_cpna.masks import Kept
+from lightning_cpna.mask import Kept
 from lightning_cpna.targets import Target
 
 Granularity = Literal["connection", "feature", "unit"]

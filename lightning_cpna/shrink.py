@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_cpna.graph import Graph
 from lightning_cpna.layers import change_input, layers_of, n_kernel_axes
-from lightning_cpna.masks import Kept, ListMask, Mask
+from lightning_cpna.mask import Kept, ListMask, Mask
 from lightning_cpna.moments import is_elementwise, replace_, set_tensor_
 from lightning_cpna.replay import float64_copy, replay, why_not
 from lightning_cpna.report import may_feed

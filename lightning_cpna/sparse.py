@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 from torch.overrides import handle_torch_function, has_torch_function
 
 from lightning_cpna.cells import pick
+from lightning_cpna.draws import draw_cells, merging_order
 from lightning_cpna.moments import moments_of, replace_, set_tensor_
-from lightning_cpna.pattern import Pattern, draw_cells, merging_order, sparse_matmul
+from lightning_cpna.pattern import Pattern, sparse_matmul
 from lightning_cpna.targets import Axes, ListedAxes
 from lightning_cpna.topology import n_connections
 

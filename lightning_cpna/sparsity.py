@@ -14,11 +14,13 @@ from torch.optim import Optimizer
 
 from lightning_cpna.cells import cells_of, fill_cells_
 from lightning_cpna.graph import Graph
-from lightning_cpna.masks import Kept, ListMask, Mask, Masks, keep_top_rows
+from lightning_cpna.mask import Kept, ListMask, Mask
+from lightning_cpna.masks import Masks
 from lightning_cpna.moments import optimizer_of, zero_moments_
 from lightning_cpna.replay import Calls
 from lightning_cpna.report import SparsityReport, may_feed, sparsity_report
 from lightning_cpna.scores import Granularity, Score, ScoreFunction, ScoreInputs
+from lightning_cpna.selection import keep_top_rows
 from lightning_cpna.targets import Axes, ListedAxes, Target, all_targets, n_keep, resolve
 
 Scope = Literal["layer", "shared"]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_cpna.activations import UnitActivity
 from lightning_cpna.graph import Graph
-from lightning_cpna.masks import Kept, Masks
+from lightning_cpna.mask import Kept
+from lightning_cpna.masks import Masks
 from lightning_cpna.report import live_mask
 from lightning_cpna.targets import ListedAxes, Target
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_cpna import Masks, infer_masks, keep_top
-from lightning_cpna.masks import keep_top_rows
+from lightning_cpna.selection import keep_top_rows
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3)
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_cpna import SparseLinear, pattern
-from lightning_cpna.pattern import Pattern, draw_cells, free_cells, merging_order, sampled_matmul, sparse_matmul
+from lightning_cpna.draws import draw_cells, free_cells, merging_order
+from lightning_cpna.pattern import Pattern, sampled_matmul, sparse_matmul
 
 BATCHES = [0, 1, 2, 7, 8, 9, 33]
 SHAPES = [(9, 14, 0.3), (14, 9, 0.9), (6, 5, 0.0), (1, 1, 1.0), (40, 3, 0.05)]

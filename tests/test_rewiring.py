@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_cpna import Decay, Growth, Masks, Score, SparseLinear, Sparsity, rewire_, rewiring, trace
-from lightning_cpna.masks import ListMask
+from lightning_cpna.growth import DecayKind, Factors, GrowthKind
+from lightning_cpna.mask import ListMask
 from lightning_cpna.moments import moments_of
-from lightning_cpna.rewiring import DecayKind, Decision, Factors, GrowthKind, plant_, weakest
+from lightning_cpna.rewiring import Decision, plant_, weakest
 
 F64 = torch.float64
 NOTHING = torch.empty(0, dtype=torch.int64)

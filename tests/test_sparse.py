@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_cpna.sparse
 from lightning_cpna import Score, SparseLinear, Sparsity, pattern, rewire_
+from lightning_cpna.growth import Factors
 from lightning_cpna.moments import moments_of
-from lightning_cpna.rewiring import Factors
 
 F64 = torch.float64
 N_IN, N_OUT = 12, 9

@@ -51,7 +51,7 @@ class Recipe:
 
 GENES = Recipe()
 TEXT = Recipe(inputs="word counts", batch_size=32, epochs=60, weight_decay=0.0)
-MADELON = Recipe(batch_size=48, epochs=300, lr=0.03, optimizer="SGD", weight_decay=0.0, l1=0.02, dropout=0.4, std=0.1)
+MADELON = Recipe(batch_size=48, epochs=600, lr=0.03, optimizer="SGD", weight_decay=0.0, l1=0.02, dropout=0.4, std=0.1)
 RECIPES = dict.fromkeys(PROBLEMS, GENES) | {"PCMAC": TEXT, "RELATHE": TEXT, "madelon": MADELON}
 
 

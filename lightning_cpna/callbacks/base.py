@@ -17,7 +17,7 @@ from lightning_cpna.activations import Watch
 from lightning_cpna.callbacks.capture import Capture, is_compiled, trace_few
 from lightning_cpna.cells import cells_of, pack, unpack
 from lightning_cpna.layers import layers_of
-from lightning_cpna.masks import ListMask
+from lightning_cpna.mask import ListMask
 from lightning_cpna.moments import is_elementwise, optimizer_of, zero_moments_
 from lightning_cpna.report import SparsityReport
 from lightning_cpna.shrink import Shrinking

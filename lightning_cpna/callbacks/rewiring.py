@@ -15,10 +15,11 @@ from lightning_cpna._lightning import LightningModule, Trainer
 from lightning_cpna.callbacks.base import Fit, SparsityCallback, broadcast
 from lightning_cpna.callbacks.capture import running_eagerly
 from lightning_cpna.callbacks.scheduled import check_choice, check_targets
+from lightning_cpna.growth import Decay, Factors, Growth, GrowthKind, check_zeta
 from lightning_cpna.layers import layers_of
-from lightning_cpna.masks import ListMask
+from lightning_cpna.mask import ListMask
 from lightning_cpna.moments import optimizer_of
-from lightning_cpna.rewiring import Decay, Factors, Growth, GrowthKind, check_zeta, plant_, rewire_
+from lightning_cpna.rewiring import plant_, rewire_
 from lightning_cpna.sparsity import Budget, Sparsity
 from lightning_cpna.targets import Target, n_keep, resolve
 from lightning_cpna.topology import Distribution, n_connections, shared_out

@@ -1,0 +1,70 @@
+"""Drawing connections that are not there yet."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_cpna.cells import cells_of
+
+
+def draw_cells(occupied: Tensor, n_cells: int, n: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw cells that are not occupied, uniformly, each at most once.
+
+    Args:
+        occupied: Ascending cells, int64 ``(m,)``.
+        n_cells: How many cells there are, from 0 on.
+        n: How many to draw.
+        generator: A CPU generator; None is torch's global one.
+
+    Returns:
+        Ascending cells, int64 ``(n,)``, on the device of ``occupied``.
+
+    Raises:
+        ValueError: If fewer than ``n`` are free.
+
+    Example:
+        >>> draw_cells(torch.tensor([0, 2, 3]), n_cells=5, n=2)
+        tensor([1, 4])
+    """
+    n_free = n_cells - len(occupied)
+    if not 0 <= n <= n_free:
+        raise ValueError(f"n is {n}; allowed is 0 to {n_free}, the number of free cells")
+    if n_free <= 4 * n:
+        ranks = torch.randperm(n_free, generator=generator)[:n].sort().values
+    else:  # drawing one after another, and again what was drawn before, is uniform
+        ranks = torch.unique(torch.randint(n_free, (n,), generator=generator))
+        while len(ranks) < n:
+            more = torch.randint(n_free, (n - len(ranks),), generator=generator)
+            ranks = torch.unique(torch.cat([ranks, more]))
+    return free_cells(occupied, ranks.to(occupied.device))
+
+
+def free_cells(occupied: Tensor, ranks: Tensor) -> Tensor:
+    """Return the cells that are the ``ranks``-th of those that are not occupied.
+
+    Args:
+        occupied: Ascending cells, int64 ``(m,)``.
+        ranks: From 0, ascending, int64 ``(n,)``.
+
+    Example:
+        >>> free_cells(torch.tensor([0, 2, 3]), torch.tensor([0, 1, 2]))
+        tensor([1, 4, 5])
+    """
+    n_free_before = torch.arange(len(occupied), device=occupied.device).neg_().add_(occupied)
+    before = merging_order(n_free_before, ranks) >= len(occupied)  # which of the merged list are ranks
+    return cells_of(before).sub_(torch.arange(len(ranks), device=ranks.device)).add_(ranks)
+
+
+def merging_order(first: Tensor, second: Tensor) -> Tensor:
+    """Return the order in which two ascending lists, one after the other, are one, int64.
+
+    Example:
+        >>> merging_order(torch.tensor([1, 5]), torch.tensor([2, 9]))
+        tensor([0, 2, 1, 3])
+    """
+    both = torch.cat([first, second])
+    if not both.is_cpu:
+        return torch.argsort(both, stable=True)
+    return torch.from_numpy(np.argsort(both.numpy(), kind="stable"))  # which sees that there are two ascending runs

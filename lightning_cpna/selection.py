@@ -1,0 +1,89 @@
+"""Which stay? The largest scores, exactly as many as wanted."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def keep_top(scores: Tensor, n: int, member_axis: int | None = None) -> Tensor:
+    """Mark the ``n`` largest scores; ties at the threshold go to the lowest index, so the count is exact.
+
+    Args:
+        scores: Float tensor of any shape; ``-inf`` marks what is never kept.
+        n: How many to keep (of each member).
+        member_axis: The axis of a stacked network's members; each keeps its own ``n``.
+
+    Returns:
+        Bool tensor of the shape of ``scores``, True at what stays.
+
+    Raises:
+        ValueError: If a score is NaN, or fewer than ``n`` scores are above ``-inf``.
+
+    Example:
+        >>> keep_top(torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0]), 3)
+        tensor([False,  True,  True,  True, False])
+    """
+    rows = scores.reshape(1, -1) if member_axis is None else scores.movedim(member_axis, 0)
+    rows = rows.reshape(rows.shape[0], -1)  # (member, cell)
+    rows = rows.detach()
+    rows = rows.float() if rows.dtype == torch.bfloat16 else rows if rows.is_floating_point() else rows.double()
+    if not 0 <= n <= rows.shape[1]:
+        raise ValueError(f"n is {n}; allowed is 0 to {rows.shape[1]}, the number of scores")
+    keep, _ = keep_top_rows(rows, n)
+    if int(keep.sum()) < n * len(rows):
+        raise ValueError(f"n is {n}; allowed is the number of scores above -inf or less")
+    return keep.view(scores.shape) if member_axis is None else _unrow(keep, scores, member_axis)
+
+
+def keep_top_rows(rows: Tensor, n: int) -> tuple[Tensor, float]:
+    """Mark the ``n`` largest scores above ``-inf`` of every row of ``(member, cell)``, or all where a row has fewer.
+
+    Returns:
+        Bool tensor ``(member, cell)``, and the lowest score that stays.
+    """
+    if n == 0:
+        _refuse_nan(rows)
+        return torch.zeros_like(rows, dtype=torch.bool), torch.inf
+    keep, threshold, n_kept, lowest = _at_least_the_nth(rows, n)
+    if math.isnan(lowest):
+        _refuse_nan(rows)
+    if n_kept == n * len(rows) and lowest > -torch.inf:
+        return keep, lowest
+    alive, above, tied = rows > -torch.inf, rows > threshold, rows == threshold
+    wanted = alive.sum(1, keepdim=True).clamp(max=n)
+    keep = above | (tied & alive & (tied.cumsum(1) <= wanted - above.sum(1, keepdim=True)))
+    return keep, float(rows.masked_fill(~keep, torch.inf).min())
+
+
+def _refuse_nan(rows: Tensor) -> None:
+    if n_nan := int(torch.isnan(rows).sum()):
+        raise ValueError(f"scores: {n_nan} of {rows.numel()} are NaN; pruning would be arbitrary")
+
+
+def _at_least_the_nth(rows: Tensor, n: int) -> tuple[Tensor, Tensor, int, float]:
+    """Mark what is at least the ``n``-th largest of its row.
+
+    Returns:
+        The marks, that score ``(member, 1)``, the number of marks, and the lowest of those scores, NaN if any score is.
+    """
+    position = rows.shape[1] - n
+    if not rows.is_cpu:
+        nth = torch.kthvalue(rows, position + 1, dim=1, keepdim=True).values
+        keep = rows >= nth
+        return keep, nth, int(keep.sum()), float(torch.where(rows.isnan().any(), torch.nan, nth.min()))
+    scores = rows.numpy()  # NumPy's selection and comparison take a tenth of torch's time
+    threshold = np.partition(scores, position, axis=1)[:, position, None]
+    marks = scores >= threshold
+    lowest = float(threshold.min()) if not np.isnan(scores.max()) else math.nan
+    return torch.from_numpy(marks), torch.from_numpy(threshold), int(np.count_nonzero(marks)), lowest
+
+
+def _unrow(rows: Tensor, like: Tensor, member_axis: int) -> Tensor:
+    keep = torch.empty_like(like, dtype=torch.bool)
+    moved = keep.movedim(member_axis, 0)
+    moved.copy_(rows.view(moved.shape))
+    return keep
