@@ -271,18 +271,18 @@ class SETRewiring(SparsityCallback):
             return
         x = (args[0] if args else kwargs["input"]).detach()
         x = x.reshape(-1, x.shape[-1])  # (row, input)
+        base = output._base  # (unit, row), which an activation that works in place changes
+        if base is not None and (base.grad_fn is None or base.shape != (output.shape[-1], len(x))):
+            base = None
 
         def keep(gradient: Tensor) -> None:
             self._forget_skipped()
             factors = self._pending.setdefault(name, [])
             assert isinstance(factors, list)
-            rows = gradient.t() if gradient.shape == (output.shape[-1], len(x)) else gradient.reshape(len(x), -1)
+            rows = gradient.reshape(len(x), -1) if base is None else gradient.t()
             factors.append(Factors(rows.detach(), x, 1.0))
 
-        # What is changed in place afterwards (by an activation) is the tensor that the output is a view of.
-        base = output._base
-        is_view = base is not None and base.shape == (output.shape[-1], len(x)) and base.grad_fn is not None
-        (base if is_view and base is not None else output).register_hook(keep)  # type: ignore[no-untyped-call]
+        (output if base is None else base).register_hook(keep)  # type: ignore[no-untyped-call]
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the hooks off, so that the module can be copied."""

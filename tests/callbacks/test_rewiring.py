@@ -600,3 +600,16 @@ def test_a_module_is_forgotten_with_its_layer() -> None:
     del layer
     gc.collect()
     assert gone() is None
+
+
+def test_gradients_of_a_layer_with_as_many_units_as_rows_are_not_taken_the_wrong_way_round() -> None:
+    results = []
+    for copied in (False, True):
+        net = sparse(16)  # batches have 16 rows
+        layer = net[2]
+        assert isinstance(layer, SparseLinear)
+        if copied:  # so that what comes out is no view
+            layer.register_forward_hook(lambda *call: call[-1].clone())
+        trainer(SETRewiring(NAMES, growth="gradient", every=3), epochs=4).fit(Double(net), data())
+        results.append(layer.live)
+    assert torch.equal(*results)
