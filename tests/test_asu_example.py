@@ -23,6 +23,7 @@ from examples.asu.training import MADELON, MLP, RECIPES, build, data, run
 from examples.data import DATA_VARIABLE, is_here
 from examples.readme import fill
 from lightning_cpna import SparseLinear
+from tests.helpers import tensorboard
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "examples" / "asu" / "results"
@@ -152,6 +153,17 @@ def test_the_command_line_trains_once_and_removes(tmp_path: Path, monkeypatch: p
     files[0].write_text(json.dumps(json.loads(files[0].read_text()) | {"seconds": -1}))
     main(["--table2", "--set", "Lung-discrete", "--methods", "SET", "--seeds", "2", *out])
     assert load(tmp_path, "table2")[0]["seconds"] == -1
+    ask, run = tensorboard(tmp_path / "tensorboard"), "Lung-discrete_SET/seed_100"
+    tags = {
+        "accuracy/test",
+        "accuracy/train",
+        "rewiring/connections",
+        "rewiring/exchanged",
+        "rewiring/net.3.weight/live_units",
+    }
+    assert tags <= set(ask("scalars/tags")[run])
+    curve = [point[2] for point in ask(f"scalars/scalars?tag=accuracy/test&run={run}")]
+    assert curve == pytest.approx(json.loads(files[0].read_text())["test"], abs=1e-3)
     main(["--figure1", "--set", "Lung-discrete", *out])
     curves = [row["test"] for row in load(tmp_path, "figure1")]
     assert [len(curve) for curve in curves] == [20] * len(WHICH) * len(ORDERS)

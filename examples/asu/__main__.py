@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import joblib
+from pytorch_lightning.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.progress import track
 
@@ -70,7 +71,8 @@ def train_all(args: argparse.Namespace, sets: Sequence[str], methods: Sequence[s
 
 
 def _train(name: str, method: str, seed: int, folder: Path | None, validate: bool, file: Path) -> None:
-    row, _ = run(name, method, seed, folder, validate=validate)
+    board = TensorBoardLogger(file.parents[1] / "tensorboard", f"{name}_{method.replace(' ', '_')}", f"seed_{seed}")
+    row, _ = run(name, method, seed, folder, validate=validate, logger=board)
     unfinished = file.with_suffix(".part")
     unfinished.write_text(json.dumps(row) + "\n")
     unfinished.rename(file)
@@ -113,6 +115,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not (args.table2 or args.table3 or args.figure1 or args.figure2):
         rows = train_all(args, args.sets or ["Lung-discrete"], args.methods or ("SET", "NPSET"), console)
         print(pivot(rows))
+    if (board := args.out / "tensorboard").is_dir():
+        console.print(f"TensorBoard: tensorboard --logdir {board}")
 
 
 if __name__ == "__main__":

@@ -211,6 +211,7 @@ def run(
         accelerator="cpu",
         callbacks=[*callbacks, curves],
         logger=logger,
+        log_every_n_steps=len(train.y) // recipe.batch_size,  # once an epoch
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
