@@ -75,6 +75,25 @@ def fill_cells_(tensor: Tensor, cells: Tensor, value: float) -> None:
         tensor[torch.unravel_index(cells, tensor.shape)] = value
 
 
+def renumbered(n: int, kept: Tensor | None, device: torch.device | None = None) -> Tensor:
+    """Return the new number of each of ``n`` of which only some are kept, int64 ``(n,)``; -1 where it is not.
+
+    Args:
+        n: How many there are.
+        kept: Which stay, int64 ascending; None: all.
+        device: Where the answer is.
+
+    Example:
+        >>> renumbered(4, torch.tensor([1, 3]))
+        tensor([-1,  0, -1,  1])
+    """
+    if kept is None:
+        return torch.arange(n, device=device)
+    numbers = torch.full((n,), -1, device=device)
+    numbers[kept.to(numbers.device)] = torch.arange(len(kept), device=device)
+    return numbers
+
+
 def pack(mask: Tensor) -> Tensor:
     """Pack a bool tensor into bytes, eight cells each, on the CPU.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_cpna.cells import cells_of, count_true, fill_cells_, pack, pick, unpack
+from lightning_cpna.cells import cells_of, count_true, fill_cells_, pack, pick, renumbered, unpack
 from lightning_cpna.targets import Axes, ListedAxes
 
 _INTEGERS = {
@@ -35,10 +35,9 @@ class Kept:
     columns: Tensor | None
 
     @classmethod
-    def all_of(cls, tensor: Tensor) -> Kept:
-        """Describe a tensor of which everything is left."""
-        columns = torch.arange(tensor.shape[1]) if tensor.ndim > 1 else None
-        return cls(tensor.shape, torch.arange(tensor.shape[0]), columns)
+    def all_of(cls, shape: torch.Size) -> Kept:
+        """Describe a parameter of this shape of which everything is left."""
+        return cls(shape, torch.arange(shape[0]), torch.arange(shape[1]) if len(shape) > 1 else None)
 
     def select(self, tensor: Tensor) -> Tensor:
         """Take what is left out of a tensor of the full shape."""
@@ -74,15 +73,6 @@ def _kept(values: Tensor, places: Tensor | None) -> Tensor:
     return values if places is None else values[places.to(values.device)]
 
 
-def _numbers(n: int, places: Tensor | None) -> Tensor:
-    """Return the new number of each of ``n``, -1 where it does not stay, int64 ``(n,)``."""
-    if places is None:
-        return torch.arange(n)
-    numbers = torch.full((n,), -1)
-    numbers[places.cpu()] = torch.arange(len(places))
-    return numbers
-
-
 class Mask:
     """The mask of one dense parameter.
 
@@ -108,6 +98,11 @@ class Mask:
     def live(self) -> Tensor:
         """Bool tensor of the parameter's shape, True where the connection lives."""
         return ~self.dead
+
+    @property
+    def all_live(self) -> bool:
+        """Whether every connection lives."""
+        return self.n_live == self.dead.numel()
 
     @property
     def live_cells(self) -> Tensor:
@@ -161,7 +156,7 @@ class Mask:
 
     def apply_(self, tensor: Tensor) -> None:
         """Set the connections that are not live to zero, in place; what was infinite or NaN there is zero too."""
-        if self.n_live == self.dead.numel():
+        if self.all_live:
             return
         integer = _INTEGERS[tensor.dtype]
         if self._bits is None or self._bits.dtype != integer or self._bits.device != tensor.device:
@@ -205,8 +200,8 @@ class Mask:
 class ListMask(Mask):
     """The mask of a weight that is a list of its connections: what is not in the list does not live.
 
-    A connection of the list that dies is dropped from it as soon as that is possible. So what is removed for good is kept
-    beside it: it must not come back.
+    A connection of the list dies only when it is removed for good, and is dropped from the list as soon as that is possible.
+    So what is removed is kept beside it: it must not come back.
 
     Attributes:
         units: The units that are removed for good, bool ``(unit,)``.
@@ -229,9 +224,9 @@ class ListMask(Mask):
     def cut(self, rows: Tensor | None, columns: Tensor | None) -> ListMask:
         """Return the mask if only some units and inputs stay, int64 (None: all); of the others nothing lives."""
         units, inputs = _kept(self.units, rows), _kept(self.inputs, columns)
-        numbers = [_numbers(len(self.units), rows), _numbers(len(self.inputs), columns)]
-        unit = numbers[0].to(self.cells.device)[self.cells // len(self.inputs)]
-        place = numbers[1].to(self.cells.device)[self.cells % len(self.inputs)]
+        device = self.cells.device
+        unit = renumbered(len(self.units), rows, device)[self.cells // len(self.inputs)]
+        place = renumbered(len(self.inputs), columns, device)[self.cells % len(self.inputs)]
         there = (unit >= 0) & (place >= 0)
         return ListMask(len(self.dead), units, inputs, unit[there] * len(inputs) + place[there])
 
@@ -258,9 +253,8 @@ class ListMask(Mask):
         raise TypeError("connections of a SparseLinear are exchanged by rewire_, not by its mask")
 
     def _remove(self, cells: Tensor, n: int) -> int:
-        if self.n_live == len(self.dead):
-            self.dead = self.dead.new_zeros(len(self.dead))
-            self.removed = self.dead.clone()
+        if self.all_live:
+            self.dead = self.removed = self.dead.new_zeros(len(self.dead))
         return super()._remove(cells, n)
 
     def close_(self, units: Tensor | None = None, inputs: Tensor | None = None) -> None:
@@ -275,7 +269,7 @@ class ListMask(Mask):
         """Follow the list, in which the connections that do not live have other places now, int64 ``(n,)``."""
         self.dead.fill_(False)
         self.dead[dead] = True
-        self.removed = self.dead.clone()
+        self.removed = self.dead
         self._bits = self._live_cells = None
         self.version += 1
 

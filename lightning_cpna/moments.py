@@ -115,6 +115,23 @@ def zero_moments_(optimizer: Optimizer, parameter: nn.Parameter, cells: Tensor) 
 
 
 @torch.no_grad()
+def zero_(parameter: nn.Parameter, cells: Tensor, optimizers: Iterable[Optimizer]) -> None:
+    """Set some weights (cells of the flattened parameter), their gradients and their moments to zero.
+
+    Example:
+        >>> w = nn.Parameter(torch.ones(2))
+        >>> zero_(w, torch.tensor([0]), [])
+        >>> w.tolist()
+        [0.0, 1.0]
+    """
+    fill_cells_(parameter, cells, 0)
+    if parameter.grad is not None:
+        fill_cells_(parameter.grad, cells, 0)
+    if (optimizer := optimizer_of(optimizers, parameter)) is not None:
+        zero_moments_(optimizer, parameter, cells)
+
+
+@torch.no_grad()
 def reset_moments_(optimizer: Optimizer, parameter: nn.Parameter) -> None:
     """Set the optimizer's state of all weights of a parameter to zero."""
     for _, value in moments_of(optimizer, parameter):

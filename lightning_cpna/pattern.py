@@ -120,7 +120,7 @@ with warnings.catch_warnings():  # torch says once that CSR is in beta
 def _gathered_matmul(values: Tensor, x: Tensor, starts: Tensor, indices: Tensor) -> Tensor:
     """Compute ``sparse_matmul`` out of operators that every device has."""
     product = x.new_zeros(len(starts) - 1, x.shape[1])
-    rows = _rows(starts, len(indices))
+    rows = rows_of(starts, len(indices))
     for part in _parts(len(indices), x):
         product.index_add_(0, rows[part], values[part, None] * x.index_select(0, indices[part]))
     return product
@@ -128,7 +128,7 @@ def _gathered_matmul(values: Tensor, x: Tensor, starts: Tensor, indices: Tensor)
 
 def _gathered_products(left: Tensor, right: Tensor, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
     """Compute ``sampled_matmul`` out of operators that every device has."""
-    rows = _rows(crow_indices, len(col_indices))
+    rows = rows_of(crow_indices, len(col_indices))
     products = [
         (left.index_select(0, rows[part]) * right.index_select(0, col_indices[part])).sum(1)
         for part in _parts(len(col_indices), left)
@@ -141,7 +141,13 @@ def _parts(n: int, x: Tensor) -> tuple[Tensor, ...]:
     return torch.split(torch.arange(n, device=x.device), max(1, _CHUNK // max(1, x.shape[1])))
 
 
-def _rows(starts: Tensor, n: int) -> Tensor:
+def rows_of(starts: Tensor, n: int) -> Tensor:
+    """Return which row each of ``n`` connections is in, int32 ``(n,)``, given where each row's begin.
+
+    Example:
+        >>> rows_of(torch.tensor([0, 2, 2, 3]), 3)
+        tensor([0, 0, 2], dtype=torch.int32)
+    """
     numbers = torch.arange(len(starts) - 1, dtype=torch.int32, device=starts.device)
     return torch.repeat_interleave(numbers, starts.diff(), output_size=n)
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_cpna.cells import cells_of, count_true, fill_cells_, put_cells_
+from lightning_cpna.cells import cells_of, count_true, put_cells_
 from lightning_cpna.draws import draw_cells
 from lightning_cpna.growth import Factors, check_zeta
 from lightning_cpna.mask import ListMask
-from lightning_cpna.moments import moments_of, optimizer_of
+from lightning_cpna.moments import zero_
 from lightning_cpna.selection import keep_top_rows
 from lightning_cpna.sparsity import Sparsity
 from lightning_cpna.targets import ListedAxes
@@ -145,7 +145,7 @@ def rewire_(
     sparsity.add_mask(name)
     target, mask = sparsity.targets[name], sparsity.masks[name]
     parameter, axes = target.parameter, target.axes
-    rests = mask.n_live < parameter.numel()
+    rests = not mask.all_live
     weights = parameter.detach().flatten()
     try:
         gone = weakest(weights.index_select(0, mask.live_cells) if rests else weights, zeta, generator)
@@ -169,17 +169,13 @@ def rewire_(
     if std:
         values = torch.randn(len(dying), generator=generator).double() * std
     dying, born, values = agree(Decision(dying, born, values))
-    optimizer = optimizer_of(optimizers, parameter)
     if isinstance(axes, ListedAxes) and isinstance(mask, ListMask):
         dead = axes.layer.cells[mask.dead] if rests else None
-        axes.layer.rewire_(dying, born, values, [] if optimizer is None else [optimizer])
+        axes.layer.rewire_(dying, born, values, optimizers)
         if dead is not None:
             mask.follow_(torch.searchsorted(axes.layer.cells, dead))
     else:
-        tensors = [] if optimizer is None else [value for _, value in moments_of(optimizer, parameter)]
-        for tensor in [parameter, *tensors, *([] if parameter.grad is None else [parameter.grad])]:
-            fill_cells_(tensor, dying, 0)
-            fill_cells_(tensor, born, 0)
+        zero_(parameter, torch.cat([dying, born]), optimizers)
         put_cells_(parameter, born, values)
         mask.move_(dying, born)
     return len(dying)

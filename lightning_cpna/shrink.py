@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_cpna.cells import renumbered
 from lightning_cpna.graph import Graph
 from lightning_cpna.layers import change_input, layers_of, n_kernel_axes
 from lightning_cpna.mask import Kept, ListMask, Mask
 from lightning_cpna.moments import is_elementwise, replace_, set_tensor_
 from lightning_cpna.replay import float64_copy, replay, why_not
 from lightning_cpna.report import may_feed
-from lightning_cpna.sparse import SparseLinear, starts
+from lightning_cpna.sparse import SparseLinear, spread, starts
 from lightning_cpna.sparsity import Sparsity
 from lightning_cpna.surgery import all_but_one, set_widths
 
@@ -198,14 +199,15 @@ class Shrinking:
     def _cut_parameter(self, name: str, rows: Tensor | None, columns: Tensor | None) -> None:
         sparsity, layer = self._sparsity, self._layers.get(name)
         if isinstance(layer, SparseLinear):
-            sparsity.kept[name] = sparsity.kept.get(name, _all_of(layer)).cut(rows, columns)
+            sparsity.kept[name] = sparsity.kept.get(name, Kept.all_of(_shape(layer))).cut(rows, columns)
             layer.select_(rows, columns, self._optimizers)
             if isinstance(mask := sparsity.masks.get(name), ListMask):
                 sparsity.masks.replace({name: mask.cut(rows, columns)})
             return
         parameter = sparsity.tensors[name]
-        change = Kept.all_of(parameter).cut(rows, columns)
-        sparsity.kept[name] = sparsity.kept.get(name, Kept.all_of(parameter)).cut(rows, columns)
+        whole = Kept.all_of(parameter.shape)
+        change = whole.cut(rows, columns)
+        sparsity.kept[name] = sparsity.kept.get(name, whole).cut(rows, columns)
         replace_(parameter, change.select, self._optimizers)
         if name in sparsity.masks:
             mask = sparsity.masks[name]
@@ -373,10 +375,8 @@ class _FullLists(_FullFiles):
         if kept is None or kept.columns is None or prefix + "crow_indices" not in state_dict:
             return
         crow, col = (state_dict[f"{prefix}{part}_indices"] for part in ("crow", "col"))
-        counts = crow.new_zeros(kept.shape[0])
-        counts[kept.rows.to(crow.device)] = crow.diff()
-        state_dict[f"{prefix}crow_indices"] = starts(counts)
-        state_dict[f"{prefix}col_indices"] = kept.columns.to(col)[col]
+        crow, col = spread(crow, col, kept.rows, kept.columns, kept.shape[0])
+        state_dict[f"{prefix}crow_indices"], state_dict[f"{prefix}col_indices"] = crow, col
         state_dict[f"{prefix}shape"] = torch.tensor(list(kept.shape), device=crow.device)
 
     def load(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -388,17 +388,15 @@ class _FullLists(_FullFiles):
             return
         crow, col = (state_dict[f"{prefix}{part}_indices"] for part in ("crow", "col"))
         counts = crow.diff()[kept.rows.to(crow.device)]
-        numbers = torch.full((kept.shape[1],), -1, dtype=col.dtype, device=col.device)
-        numbers[kept.columns.to(col.device)] = torch.arange(len(kept.columns), dtype=col.dtype, device=col.device)
+        numbers = renumbered(kept.shape[1], kept.columns).to(col)
         if int(counts.sum()) < len(col) or bool((numbers[col] < 0).any()):
             raise ValueError(f"{self.weight!r} was made smaller; the file has weights where nothing is left")
         state_dict[f"{prefix}crow_indices"], state_dict[f"{prefix}col_indices"] = starts(counts), numbers[col]
         state_dict[f"{prefix}shape"] = torch.tensor([len(kept.rows), len(kept.columns)], device=shape.device)
 
 
-def _all_of(layer: SparseLinear) -> Kept:
-    shape = torch.Size((layer.out_features, layer.in_features))
-    return Kept(shape, torch.arange(shape[0]), torch.arange(shape[1]))
+def _shape(layer: SparseLinear) -> torch.Size:
+    return torch.Size((layer.out_features, layer.in_features))
 
 
 def is_shrunk(module: nn.Module) -> bool:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.overrides import handle_torch_function, has_torch_function
 
-from lightning_cpna.cells import pick
+from lightning_cpna.cells import cells_of, count_true, pick, renumbered
 from lightning_cpna.draws import draw_cells, merging_order
 from lightning_cpna.moments import moments_of, replace_, set_tensor_
-from lightning_cpna.pattern import Pattern, sparse_matmul
+from lightning_cpna.pattern import Pattern, rows_of, sparse_matmul
 from lightning_cpna.targets import Axes, ListedAxes
 from lightning_cpna.topology import n_connections
 
@@ -167,7 +167,7 @@ class SparseLinear(nn.Module):
         weight = linear.weight.detach()
         if live is not None and live.shape != weight.shape:
             raise ValueError(f"live has shape {tuple(live.shape)}; allowed is the weight's, {tuple(weight.shape)}")
-        cells = (weight != 0 if live is None else live.to(weight.device)).flatten().nonzero().flatten()
+        cells = cells_of(weight != 0 if live is None else live.to(weight.device))
         bias = None if linear.bias is None else linear.bias.detach()
         return cls.from_cells(cells, weight.flatten()[cells], bias, linear.in_features, linear.out_features)
 
@@ -225,8 +225,7 @@ class SparseLinear(nn.Module):
     @property
     def units(self) -> Tensor:
         """The unit of each connection, int32 ``(connection,)``."""
-        numbers = torch.arange(self.out_features, dtype=torch.int32, device=self.weight.device)
-        return torch.repeat_interleave(numbers, self.crow_indices.diff(), output_size=len(self.weight))
+        return rows_of(self.crow_indices, len(self.col_indices))
 
     @property
     def pattern(self) -> Pattern:
@@ -265,9 +264,7 @@ class SparseLinear(nn.Module):
         self._put("crow_indices", crow_indices)
         self._put("col_indices", col_indices)
         self._put("order", torch.argsort(self.col_indices, stable=True).int())
-        units = torch.arange(self.out_features, dtype=torch.int32, device=self.weight.device)
-        units = torch.repeat_interleave(units, self.crow_indices.diff(), output_size=len(self.col_indices))
-        self._put("row_indices", units.index_select(0, self.order))
+        self._put("row_indices", self.units.index_select(0, self.order))
         self._put("ccol_indices", starts(torch.bincount(self.col_indices, minlength=self.in_features)))
 
     def _put(self, name: str, indices: Tensor) -> None:
@@ -288,7 +285,7 @@ class SparseLinear(nn.Module):
             >>> bool((layer.weight >= 0).all())
             True
         """
-        keep = (~dead).nonzero().flatten()
+        keep = cells_of(~dead)
         counts = self.crow_indices.diff() - torch.bincount(self.units[dead], minlength=self.out_features)
         replace_(self.weight, lambda old: old.index_select(0, keep), optimizers)
         self._set_indices(starts(counts), self.col_indices.index_select(0, keep))
@@ -305,12 +302,11 @@ class SparseLinear(nn.Module):
             >>> layer.out_features
             20
         """
-        there_out = _marked(units, self.out_features, self.weight.device)
-        there_in = _marked(inputs, self.in_features, self.weight.device)
-        self.drop_(~(there_out[self.units] & there_in[self.col_indices]), optimizers)
-        counts = self.crow_indices.diff()[there_out]
-        columns = (there_in.cumsum(0, dtype=torch.int32) - 1)[self.col_indices]
-        self.set_pattern_(len(counts), int(there_in.sum()), starts(counts), columns)
+        device = self.weight.device
+        rows, columns = renumbered(self.out_features, units, device), renumbered(self.in_features, inputs, device)
+        self.drop_((rows[self.units] < 0) | (columns[self.col_indices] < 0), optimizers)
+        counts = self.crow_indices.diff()[rows >= 0]
+        self.set_pattern_(len(counts), count_true(columns >= 0), starts(counts), columns[self.col_indices].int())
 
     @torch.no_grad()
     def spread_(self, units: Tensor, inputs: Tensor, out_features: int, in_features: int) -> None:
@@ -323,10 +319,9 @@ class SparseLinear(nn.Module):
             >>> layer.out_features
             50
         """
-        counts = self.crow_indices.new_zeros(out_features)
-        counts[units.to(counts.device)] = self.crow_indices.diff()
-        columns = inputs.to(counts.device).int()[self.col_indices]
-        self.set_pattern_(out_features, in_features, starts(counts), columns)
+        self.set_pattern_(
+            out_features, in_features, *spread(self.crow_indices, self.col_indices, units, inputs, out_features)
+        )
 
     def set_pattern_(self, out_features: int, in_features: int, crow_indices: Tensor, col_indices: Tensor) -> None:
         """Set the widths and which connections there are; the values and the bias are left to you."""
@@ -464,12 +459,13 @@ def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: Patte
     return out.reshape(*x.shape[:-1], len(pattern.crow_indices) - 1)
 
 
-def _marked(kept: Tensor | None, n: int, device: torch.device) -> Tensor:
-    """Mark what is kept of ``n``, bool ``(n,)``."""
-    marked = torch.full((n,), kept is None, device=device)
-    if kept is not None:
-        marked[kept.to(device)] = True
-    return marked
+def spread(
+    crow_indices: Tensor, col_indices: Tensor, units: Tensor, inputs: Tensor, out_features: int
+) -> tuple[Tensor, Tensor]:
+    """Return a pattern whose units and inputs have the places that they had in a larger layer, int64 ascending."""
+    counts = crow_indices.new_zeros(out_features)
+    counts[units.to(counts.device)] = crow_indices.diff()
+    return starts(counts), inputs.to(col_indices)[col_indices]
 
 
 def starts(counts: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_cpna.cells import cells_of, fill_cells_
+from lightning_cpna.cells import cells_of
 from lightning_cpna.graph import Graph
 from lightning_cpna.mask import Kept, ListMask, Mask
 from lightning_cpna.masks import Masks
-from lightning_cpna.moments import optimizer_of, zero_moments_
+from lightning_cpna.moments import zero_
 from lightning_cpna.replay import Calls
 from lightning_cpna.report import SparsityReport, may_feed, sparsity_report
 from lightning_cpna.scores import Granularity, Score, ScoreFunction, ScoreInputs
@@ -458,21 +458,16 @@ class Sparsity:
 
     def _zero_(self, name: str, cells: Tensor, optimizers: Iterable[Optimizer]) -> None:
         """Set dead connections to zero, or drop them from a list of connections."""
-        parameter, mask = self.targets[name].parameter, self.masks[name]
-        if isinstance(mask, ListMask) and self.drops:
+        if isinstance(self.masks[name], ListMask) and self.drops:
             self.drop_dead_(optimizers)
-            return
-        fill_cells_(parameter, cells, 0)
-        if parameter.grad is not None:
-            fill_cells_(parameter.grad, cells, 0)
-        if (optimizer := optimizer_of(optimizers, parameter)) is not None:
-            zero_moments_(optimizer, parameter, cells)
+        else:
+            zero_(self.targets[name].parameter, cells, optimizers)
 
     def drop_dead_(self, optimizers: Iterable[Optimizer] = ()) -> None:
         """Take the dead connections of every ``SparseLinear`` out of it."""
         for name, mask in self.masks.items():
             axes = self.targets[name].axes
-            if isinstance(mask, ListMask) and isinstance(axes, ListedAxes) and mask.n_live < len(mask.dead):
+            if isinstance(mask, ListMask) and isinstance(axes, ListedAxes) and not mask.all_live:
                 dead = mask.dead
                 mask.drop_(axes)
                 axes.layer.drop_(dead, optimizers)
@@ -497,7 +492,7 @@ class Sparsity:
         """Set the gradients of connections that do not live to zero, in place; call it before each optimizer step."""
         for name, mask in self.masks.items():
             gradient = self.tensors[name].grad
-            if gradient is not None and mask.n_live < mask.dead.numel():
+            if gradient is not None:
                 mask.apply_(gradient)
 
     def report(self) -> SparsityReport:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from lightning_cpna.mask import Kept
 from lightning_cpna.masks import Masks
 from lightning_cpna.report import live_mask
 from lightning_cpna.targets import ListedAxes, Target
+
+if TYPE_CHECKING:
+    from lightning_cpna.sparsity import Sparsity
 
 UnitScoreKind = Literal[
     "norm",
@@ -131,6 +134,40 @@ class UnitInputs:
     kept: Kept | None = None
     activity: UnitActivity | None = None
     penalize: Callable[[], Tensor] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        sparsity: Sparsity,
+        name: str,
+        generator: torch.Generator,
+        *,
+        activity: UnitActivity | None = None,
+        penalize: Callable[[], Tensor] | None = None,
+    ) -> UnitInputs:
+        """Gather what is known of a hidden layer whose units can be removed.
+
+        Args:
+            sparsity: The module, traced.
+            name: The layer's weight.
+            generator: For scores that draw.
+            activity: What the units did.
+            penalize: Computes the exact mean replacement penalties.
+
+        Raises:
+            ValueError: If the layer's units cannot be removed.
+        """
+        graph = sparsity.with_removable_units(name)
+        return cls(
+            target=sparsity.targets[name],
+            targets=sparsity.targets,
+            masks=sparsity.masks,
+            graph=graph,
+            generator=generator,
+            kept=sparsity.kept.get(name),
+            activity=activity,
+            penalize=penalize,
+        )
 
     @property
     def _tensors(self) -> dict[str, nn.Parameter]:

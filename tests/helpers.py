@@ -132,6 +132,18 @@ def checkpoint(folder: Path, **options: Any) -> pl.callbacks.ModelCheckpoint:
     return pl.callbacks.ModelCheckpoint(folder, save_top_k=-1, filename="{step}", **options)
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
+on_every_device = pytest.mark.parametrize("device", DEVICES)
+
+
+def p_of_uniform(counts: Tensor, n_drawn: int, n_rounds: int) -> float:
+    """Return the p-value of how often each cell came, if every round draws some, uniformly, each at most once."""
+    stats = pytest.importorskip("scipy.stats", reason="the extra 'analysis' is not installed")
+    n, expected = len(counts), n_rounds * n_drawn / len(counts)
+    statistic = float((counts - expected).square().sum() / expected) * (n - 1) / (n - n_drawn)
+    return float(stats.chi2.sf(statistic, n - 1))
+
+
 def tensorboard(folder: Path) -> Callable[..., Any]:
     """Start a real TensorBoard on a folder; return a function that asks its plugins over HTTP."""
     program = pytest.importorskip("tensorboard.program", reason="the extra 'examples' is not installed")

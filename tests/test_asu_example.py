@@ -18,10 +18,11 @@ from examples.asu import million
 from examples.asu.__main__ import main, parse
 from examples.asu.figures import ORDERS, WHICH, figure1, figure2
 from examples.asu.problem import METHODS, PROBLEMS, pruned_widths
-from examples.asu.tables import TABLES, load, pruned, sizes, table2
+from examples.asu.tables import TABLES, pruned, sizes, table2
 from examples.asu.training import MADELON, MLP, RECIPES, build, data, run
 from examples.data import DATA_VARIABLE, is_here
 from examples.readme import fill
+from examples.results import load
 from lightning_cpna import SparseLinear
 from tests.helpers import tensorboard
 

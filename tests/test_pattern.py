@@ -14,13 +14,12 @@ from torch import Tensor
 from lightning_cpna import SparseLinear, pattern
 from lightning_cpna.draws import draw_cells, free_cells, merging_order
 from lightning_cpna.pattern import Pattern, sampled_matmul, sparse_matmul
+from tests.helpers import on_every_device, p_of_uniform
 
 BATCHES = [0, 1, 2, 7, 8, 9, 33]
 SHAPES = [(9, 14, 0.3), (14, 9, 0.9), (6, 5, 0.0), (1, 1, 1.0), (40, 3, 0.05)]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
 DTYPES = [torch.float64, torch.float32]
 
-on_every_device = pytest.mark.parametrize("device", DEVICES)
 on_every_shape = pytest.mark.parametrize(("n_out", "n_in", "density"), SHAPES)
 in_every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
@@ -46,14 +45,6 @@ def pattern_of(matrix: Tensor, device: str = "cpu") -> tuple[Tensor, Pattern]:
 def close(actual: Tensor, expected: Tensor) -> None:
     tolerance = 1e-12 if actual.dtype == torch.float64 else 1e-5
     torch.testing.assert_close(actual.cpu(), expected.to(actual.dtype).cpu(), rtol=tolerance, atol=tolerance)
-
-
-def adjusted_chi_square(counts: Tensor, n_drawn: int, n_rounds: int) -> float:
-    """Return the p-value of how often each cell was drawn, if every round draws some, uniformly, each at most once."""
-    n = len(counts)
-    expected = n_rounds * n_drawn / n
-    statistic = float((counts - expected).square().sum() / expected) * (n - 1) / (n - n_drawn)
-    return float(scipy.stats.chi2.sf(statistic, n - 1))
 
 
 @on_every_device
@@ -239,7 +230,7 @@ def test_every_free_cell_is_drawn_as_often(n_cells: int, n_occupied: int, n: int
     free = torch.ones(n_cells, dtype=torch.bool)
     free[occupied] = False
     assert int(counts[occupied].sum()) == 0
-    assert adjusted_chi_square(counts[free], n, 3000) > 1e-3
+    assert p_of_uniform(counts[free], n, 3000) > 1e-3
 
 
 @pytest.mark.parametrize(("n_free", "n"), [(9, 2), (13, 3), (5, 2), (6, 3), (8, 2)])

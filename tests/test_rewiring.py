@@ -18,16 +18,15 @@ from lightning_cpna.growth import DecayKind, Factors, GrowthKind
 from lightning_cpna.mask import ListMask
 from lightning_cpna.moments import moments_of
 from lightning_cpna.rewiring import Decision, plant_, weakest
+from tests.helpers import on_every_device, p_of_uniform
 
 F64 = torch.float64
 NOTHING = torch.empty(0, dtype=torch.int64)
 STORAGES = ["dense", "sparse"]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
 ZETAS = st.integers(1, 19).map(lambda n: Fraction(n, 20))
 VALUES = st.sampled_from([-2.0, -1.0, -0.5, 0.25, 0.5, 1.0, 3.0])
 
 in_both_storages = pytest.mark.parametrize("storage", STORAGES)
-on_every_device = pytest.mark.parametrize("device", DEVICES)
 
 
 class Case:
@@ -628,13 +627,6 @@ def test_a_gradient_that_is_nan_raises_and_changes_nothing(storage: str) -> None
 
 
 # Growing at random
-
-
-def p_of_uniform(counts: Tensor, n_drawn: int, n_rounds: int) -> float:
-    """Return the p-value of how often each cell came, if every time some come, uniformly, each at most once."""
-    n, expected = len(counts), n_rounds * n_drawn / len(counts)
-    statistic = float((counts - expected).square().sum() / expected) * (n - 1) / (n - n_drawn)
-    return float(scipy.stats.chi2.sf(statistic, n - 1))
 
 
 @in_both_storages

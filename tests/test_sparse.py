@@ -20,17 +20,16 @@ import lightning_cpna.sparse
 from lightning_cpna import Score, SparseLinear, Sparsity, pattern, rewire_
 from lightning_cpna.growth import Factors
 from lightning_cpna.moments import moments_of
+from tests.helpers import on_every_device
 
 F64 = torch.float64
 N_IN, N_OUT = 12, 9
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
 PATTERNS = {"some": 0.3, "all": 1.0, "none": 0.0}
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01),
     "Adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, weight_decay=0.01),
 }
 
-on_every_device = pytest.mark.parametrize("device", DEVICES)
 with_every_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 
 

@@ -13,11 +13,13 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.progress import track
 
+from examples.arguments import at_least
 from examples.asu.figures import figure1, figure2, removal
 from examples.asu.problem import METHODS, PROBLEMS
-from examples.asu.tables import Row, pivot, sizes, table2, table3
+from examples.asu.tables import pivot, sizes, table2, table3
 from examples.asu.training import run
 from examples.data import is_here
+from examples.results import Row, save
 
 FIGURE_SETS = ["Lung-discrete", "Yale", "madelon", "PCMAC"]
 
@@ -33,19 +35,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--figure2", action="store_true", help="learning curves of SET, NPSET and Dense, on four data sets"
     )
-    parser.add_argument("--seeds", type=int, default=1, help="how many seeds (default: 1)")
+    parser.add_argument("--seeds", type=at_least(1), default=1, help="how many seeds (default: 1)")
     parser.add_argument("--first-seed", type=int, default=100, help="the first of them (default: 100)")
     parser.add_argument(
         "--validate", action="store_true", help="hold out a quarter of the training part instead of the test"
     )
     parser.add_argument("--data", type=Path, help="folder with asu/*.mat (default: LIGHTNING_CPNA_DATA, or download)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="parallel processes (default: the cores)")
+    parser.add_argument(
+        "--jobs", type=at_least(1), default=os.cpu_count(), help="parallel processes (default: the cores)"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/asu"), help="where everything is written")
-    args = parser.parse_args(arguments)
-    for name in ("seeds", "jobs"):
-        if getattr(args, name) < 1:
-            parser.error(f"argument --{name}: {getattr(args, name)} is too small; allowed is 1 or more")
-    return args
+    return parser.parse_args(arguments)
 
 
 def train_all(args: argparse.Namespace, sets: Sequence[str], methods: Sequence[str], console: Console) -> list[Row]:
@@ -78,12 +78,6 @@ def _train(name: str, method: str, seed: int, folder: Path | None, validate: boo
     unfinished.rename(file)
 
 
-def save(rows: list[Row], file: Path, console: Console) -> None:
-    """Write results, one a line."""
-    file.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    console.print(f"results:  {file}")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run what was asked for."""
     args = parse(arguments)
@@ -91,12 +85,12 @@ def main(arguments: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.table3:
         rows = sizes()
-        save(rows, args.out / "table3.json", console)
+        console.print(f"results:  {save(rows, args.out, 'table3')}")
         print(table3(rows))
     if args.table2:
         sets = args.sets or [name for name in PROBLEMS if is_here(name, args.data)]
         rows = train_all(args, sets, args.methods or METHODS[:6], console)
-        save([{**row, "train": []} for row in rows], args.out / "table2.json", console)
+        console.print(f"results:  {save([{**row, 'train': []} for row in rows], args.out, 'table2')}")
         print(table2(rows))
     if args.figure1:
         calls = [
@@ -106,11 +100,11 @@ def main(arguments: list[str] | None = None) -> None:
         ]
         found = joblib.Parallel(n_jobs=args.jobs, return_as="generator")(calls)
         rows = [row for part in track(found, "removing", total=len(calls), console=console) for row in part]
-        save(rows, args.out / "figure1.json", console)
+        console.print(f"results:  {save(rows, args.out, 'figure1')}")
         console.print(f"figure:   {figure1(rows, args.out)}")
     if args.figure2:
         rows = train_all(args, args.sets or FIGURE_SETS, ("SET", "NPSET", "Dense"), console)
-        save(rows, args.out / "figure2.json", console)
+        console.print(f"results:  {save(rows, args.out, 'figure2')}")
         console.print(f"figure:   {figure2(rows, args.out)}")
     if not (args.table2 or args.table3 or args.figure1 or args.figure2):
         rows = train_all(args, args.sets or ["Lung-discrete"], args.methods or ("SET", "NPSET"), console)

@@ -10,9 +10,9 @@ import torch
 from matplotlib.figure import Figure
 
 from examples.asu.training import RECIPES, accuracy, data, run
+from examples.results import Row
 from lightning_cpna import Sparsity, UnitInputs, UnitScore, trace
 
-Row = dict[str, Any]
 WHICH = ("first", "second", "both")
 FRACTIONS = [i / 20 for i in range(20)]
 ORDERS = {
@@ -37,18 +37,17 @@ def removal(name: str, seed: int, folder: Path | None = None) -> list[Row]:
             sparsity = Sparsity(work)
             sparsity.graph = trace(work, train.x[:2])
             first, second, _ = work.weights
+            weights = {"first": [first], "second": [second], "both": [first, second]}[which]
+            budgets = sparsity.add_budgets(work, dict.fromkeys(weights, 1), "unit")
             generator = torch.Generator().manual_seed(seed)
             accuracies = []
             for fraction in FRACTIONS:
-                for weight in {"first": [first], "second": [second], "both": [first, second]}[which]:
+                for weight, budget in zip(weights, budgets, strict=True):
                     n_units = len(sparsity.graph[weight].units)
                     stay = n_units - int(fraction * n_units)
                     if stay < sparsity.n_units(weight):
-                        [budget] = sparsity.add_budgets(work, {weight: stay}, "unit")
-                        inputs = UnitInputs(
-                            sparsity.targets[weight], sparsity.targets, sparsity.masks, sparsity.graph, generator
-                        )
-                        sparsity.prune_units_(budget, stay, {weight: score(inputs)})
+                        scores = score(UnitInputs.of(sparsity, weight, generator))
+                        sparsity.prune_units_(budget, stay, {weight: scores})
                 accuracies.append(round(accuracy(work, test), 3))
             rows.append({"set": name, "seed": seed, "layer": which, "order": order, "test": accuracies})
     return rows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import statistics
 import sys
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from examples.asu.training import MLP, Recipe
 from examples.quiet import silence
+from examples.results import load, save
 from lightning_cpna import SETRewiring
 
 WIDTHS = (65536, 333000, 333000, 333000, 2)
@@ -104,12 +104,9 @@ def main(arguments: list[str] | None = None) -> None:
         "peak GB": round(peak_gigabytes(), 2),
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "million.json"
-    rows = [
-        other for other in (json.loads(file.read_text()) if file.is_file() else []) if other["epsilon"] != args.epsilon
-    ]
-    rows = sorted([*rows, row], key=lambda row: row["epsilon"])
-    file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    others = load(args.out, "million") if (args.out / "million.json").is_file() else []
+    rows = [other for other in others if other["epsilon"] != args.epsilon]
+    save(sorted([*rows, row], key=lambda row: row["epsilon"]), args.out, "million")
     for name, value in row.items():
         Console().print(f"{name:>18}: {value:,}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import statistics
 from pathlib import Path
@@ -15,9 +14,8 @@ from torch import nn
 
 from examples.asu.problem import EPSILON, METHODS, NEURONS, PROBLEMS, Problem
 from examples.readme import fill
+from examples.results import Row, load
 from lightning_cpna import SparseLinear, Sparsity, UnitInputs, UnitScore, rewire_, trace
-
-Row = dict[str, Any]
 
 
 def mean_and_spread(values: list[float]) -> str:
@@ -138,8 +136,8 @@ def pruned(problem: Problem, seed: int) -> tuple[int, int]:
             n = sparsity.n_units(name)
             stay = NEURONS.n_remaining(epoch, problem.widths[1])
             if stay < n:
-                inputs = UnitInputs(sparsity.targets[name], sparsity.targets, sparsity.masks, sparsity.graph, generator)
-                sparsity.prune_units_(budget, stay, {name: UnitScore("out_degree")(inputs)})
+                scores = UnitScore("out_degree")(UnitInputs.of(sparsity, name, generator))
+                sparsity.prune_units_(budget, stay, {name: scores})
         for name in (first, second, last):
             torch.nn.init.normal_(sparsity.tensors[name], generator=generator)
             rewire_(sparsity, name, 0.3, generator=generator)
@@ -193,12 +191,6 @@ def _beside(measured: int, paper: int) -> str:
 
 
 TABLES = {"table2": table2, "table3": table3, "million": table_million}
-
-
-def load(folder: Path, name: str) -> list[Row]:
-    """Read results, one a line."""
-    rows: list[Row] = json.loads((folder / f"{name}.json").read_text())
-    return rows
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from examples.asu.problem import EPSILON, METHODS, NEURONS, PROBLEMS, Problem, pruned_widths
 from examples.data import Split, asu, loader, standardized, word_counts
 from examples.quiet import silence
+from examples.results import Row
 from lightning_cpna import Growth, NeuronPruning, SETRewiring, SparseLinear, sparsity_of
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

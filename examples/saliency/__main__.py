@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 
@@ -11,7 +10,9 @@ import joblib
 from rich.console import Console
 from rich.progress import track
 
-from examples.saliency.experiments import EXPERIMENTS, Row
+from examples.arguments import at_least
+from examples.results import Row, save
+from examples.saliency.experiments import EXPERIMENTS
 from examples.saliency.figures import FIGURES
 
 
@@ -25,15 +26,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=["curves", "removable"],
         help="what to run (default: curves removable)",
     )
-    parser.add_argument("--seeds", type=int, default=2, help="how many seeds (default: 2)")
+    parser.add_argument("--seeds", type=at_least(1), default=2, help="how many seeds (default: 2)")
     parser.add_argument("--data", type=Path, help="folder with mnist/*.gz (default: LIGHTNING_CPNA_DATA, or download)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="parallel processes (default: the cores)")
+    parser.add_argument(
+        "--jobs", type=at_least(1), default=os.cpu_count(), help="parallel processes (default: the cores)"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/saliency"), help="where everything is written")
-    args = parser.parse_args(arguments)
-    for name in ("seeds", "jobs"):
-        if getattr(args, name) < 1:
-            parser.error(f"argument --{name}: {getattr(args, name)} is too small; allowed is 1 or more")
-    return args
+    return parser.parse_args(arguments)
 
 
 def rounded(row: Row) -> Row:
@@ -50,9 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         calls = [joblib.delayed(EXPERIMENTS[name])(seed, args.data) for seed in range(args.seeds)]
         runs = joblib.Parallel(n_jobs=args.jobs, return_as="generator")(calls)
         rows: list[Row] = [row for run in track(runs, name, total=len(calls), console=console) for row in run]
-        file = args.out / f"{name}.json"
-        file.write_text("[\n" + ",\n".join(json.dumps(rounded(row)) for row in rows) + "\n]\n")
-        console.print(f"results:  {file}")
+        console.print(f"results:  {save(map(rounded, rows), args.out, name)}")
         for figure in FIGURES[name](rows, args.out):
             console.print(f"figure:   {figure}")
 

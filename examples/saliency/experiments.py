@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from examples.data import Split, Splits, digits, mnist
+from examples.results import Row
 from examples.saliency.training import Classifier, accuracy, cross_entropy, fit, trained
 from lightning_cpna import (
     Geometric,
@@ -28,7 +28,6 @@ from lightning_cpna import (
     weight_saliencies,
 )
 
-Row = dict[str, Any]
 WEIGHT_KINDS = ("magnitude", "first_order", "second_order", "hessian", "hessian_diagonal", "random")
 UNIT_KINDS = (
     "norm", "path", "activation", "gradient", "mean_replacement", "penalty", "frame_potential", "inner_product", "random",
@@ -114,12 +113,10 @@ class UnitRemover:
         score = UnitScore(kind, largest_first=largest_first)  # type: ignore[arg-type]
         self._scores = {}
         for name in names:
-            inputs = UnitInputs(
-                target=self._sparsity.targets[name],
-                targets=self._sparsity.targets,
-                masks=self._sparsity.masks,
-                graph=graph,
-                generator=torch.Generator().manual_seed(seed),
+            inputs = UnitInputs.of(
+                self._sparsity,
+                name,
+                torch.Generator().manual_seed(seed),
                 activity=activity[name],
                 penalize=partial(mean_replacement_penalties, self.module, graph, name, [batch], cross_entropy, means),
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -18,8 +17,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from examples.readme import fill
+from examples.results import Row, load
 
-Row = dict[str, Any]
 COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")
 LABELS = {
     "magnitude": "magnitude", "first_order": "first order |w g|", "second_order": "second order", "hessian": "|w (H w)|",
@@ -186,12 +185,6 @@ FIGURES: dict[str, Callable[[list[Row], Path], list[Path]]] = {
     "concentration": draw_concentration,
 }
 TABLES: dict[str, Callable[[list[Row]], str]] = {"removable": removable_table, "smaller": smaller_table}
-
-
-def load(folder: Path, name: str) -> list[Row]:
-    """Read the rows of an experiment."""
-    rows: list[Row] = json.loads((folder / f"{name}.json").read_text())
-    return rows
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from examples.arguments import at_least
 from examples.xor.figures import TITLES, save_figures
 from examples.xor.recipes import METHODS, PROBLEMS, recipe
 from examples.xor.table import rich_tables
@@ -26,9 +27,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.xor", description=__doc__)
     parser.add_argument("--k", choices=["3", "4", "5", "all"], default="3", help="dimensions of the XOR (default: 3)")
     parser.add_argument("--p", type=int, help="dimensions of the data (default: the paper's 60, 40, 20)")
-    parser.add_argument("--n", type=int, default=3000, help="training samples; as many for the test (default: 3000)")
+    parser.add_argument(
+        "--n", type=at_least(2), default=3000, help="training samples; as many for the test (default: 3000)"
+    )
     parser.add_argument("--hidden", type=int, help="hidden units (default: the paper's 1024, 2048, 4096)")
-    parser.add_argument("--seeds", type=int, default=2, help="how many seeds (default: 2)")
+    parser.add_argument("--seeds", type=at_least(1), default=2, help="how many seeds (default: 2)")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default: 0)")
     parser.add_argument(
         "--methods",
@@ -37,14 +40,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=["nn", "cpna_hidden", "cpna_all", "fsa_cpna"],
         help="what to train (default: nn cpna_hidden cpna_all fsa_cpna)",
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="parallel processes (default: the cores)")
+    parser.add_argument(
+        "--jobs", type=at_least(1), default=os.cpu_count(), help="parallel processes (default: the cores)"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/xor"), help="where everything is written (default: runs/xor)"
     )
     args = parser.parse_args(arguments)
-    for name, least in (("n", 2), ("seeds", 1), ("jobs", 1)):
-        if getattr(args, name) < least:
-            parser.error(f"argument --{name}: {getattr(args, name)} is too small; allowed is {least} or more")
     ks = list(PROBLEMS) if args.k == "all" else [int(args.k)]
     if args.p is not None and args.p < max(ks):
         parser.error(f"argument --p: {args.p} is less than k; allowed is {max(ks)} or more")

@@ -238,7 +238,7 @@ class SparsityCallback(Callback):
         for name in self._fit.names:
             n_zeros = int((sparsity.tensors[name] == 0).sum())
             mask = sparsity.masks[name]
-            if not isinstance(mask, ListMask) and mask.n_live == mask.dead.numel() > n_zeros > 0:
+            if not isinstance(mask, ListMask) and mask.all_live and mask.dead.numel() > n_zeros > 0:
                 warnings.warn(
                     f"{self.name}: {name!r} has {n_zeros} exact zeros but no mask, so they will train; to keep them, set "
                     "sparsity_of(module).masks = infer_masks(module, [...]) before fit",
@@ -289,7 +289,7 @@ class SparsityCallback(Callback):
                 fit.handles.append(optimizer.register_step_pre_hook(lambda *_: sparsity.mask_gradients_()))
         for name, mask in sparsity.masks.items():
             owner = optimizer_of(fit.optimizers, sparsity.tensors[name])
-            if owner is not None and mask.n_live < mask.dead.numel():
+            if owner is not None and not mask.all_live:
                 zero_moments_(owner, sparsity.tensors[name], cells_of(mask.dead))
 
     # While training
@@ -479,10 +479,10 @@ def _ours(trainer: Trainer) -> list[SparsityCallback]:
 
 def _renew_lists(state_dict: dict[str, Any], trainer: Trainer) -> None:
     """Put the connections of sparse layers into a state that was taken before ``state_dict`` of a callback pruned them."""
-    now = trainer.strategy.lightning_module_state_dict()
-    for key in now:
-        if key.endswith("crow_indices") and key in state_dict:
-            prefix = key.removesuffix("crow_indices")
+    prefixes = [key.removesuffix("crow_indices") for key in state_dict if key.endswith("crow_indices")]
+    if prefixes:
+        now = trainer.strategy.lightning_module_state_dict()
+        for prefix in prefixes:
             state_dict |= {prefix + part: now[prefix + part] for part in ("weight", "crow_indices", "col_indices")}
 
 
@@ -510,8 +510,7 @@ def agree(trainer: Trainer, decision: Tensor) -> Tensor:
     """Let rank 0 decide: return its bool tensor on every rank."""
     if trainer.world_size == 1:
         return decision
-    packed: Tensor = trainer.strategy.broadcast(pack(decision))
-    return unpack(packed.cpu(), decision.shape).to(decision.device)
+    return unpack(broadcast(trainer, pack(decision)), decision.shape).to(decision.device)
 
 
 def broadcast(trainer: Trainer, decision: T) -> T:

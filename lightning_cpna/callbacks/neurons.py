@@ -306,15 +306,11 @@ class NeuronPruning(ScheduledPruning):
         )
 
     def _inputs(self, fit: Fit, name: str, means: dict[str, Tensor]) -> UnitInputs:
-        sparsity = fit.sparsity
-        graph = sparsity.with_removable_units(name)
-        return UnitInputs(
-            target=sparsity.targets[name],
-            targets=sparsity.targets,
-            masks=sparsity.masks,
-            graph=graph,
-            generator=self._generator,
-            kept=sparsity.kept.get(name),
+        graph = fit.sparsity.with_removable_units(name)
+        return UnitInputs.of(
+            fit.sparsity,
+            name,
+            self._generator,
             activity=None if fit.watch is None else fit.watch.activity(graph, name),
             penalize=None
             if fit.batch is None

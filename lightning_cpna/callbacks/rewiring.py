@@ -178,9 +178,9 @@ class SETRewiring(SparsityCallback):
             plant_(fit.sparsity, name, n, generator=self._generator, agree=partial(broadcast, trainer))
         fit.budgets = self._find_budgets(fit.sparsity, pl_module)
         fit.planned = True
-        for name in fit.names:
+        for name in fit.names if self._growth.std == "initial" else ():
             live = fit.sparsity.tensors[name].detach()
-            live = live[masks[name].live] if masks[name].n_live < live.numel() else live
+            live = live if masks[name].all_live else live[masks[name].live]
             self._stds.setdefault(name, float(live.std(correction=0)) if live.numel() else 0.0)
 
     def _planted(self, sparsity: Sparsity, pl_module: LightningModule) -> dict[str, int]:
@@ -248,8 +248,8 @@ class SETRewiring(SparsityCallback):
         fit.watching.close()
         if not self._is_watched(trainer, batch_idx):
             return
-        listed = {name: layer for name, layer in layers_of(pl_module).items() if name in fit.names}
-        listed = {name: layer for name, layer in listed.items() if isinstance(fit.sparsity.masks[name], ListMask)}
+        names = {name for name in fit.names if isinstance(fit.sparsity.masks[name], ListMask)}
+        listed = {name: layer for name, layer in layers_of(pl_module).items() if name in names}
         if listed:
             fit.watching.enter_context(running_eagerly(pl_module))
         for name, layer in listed.items():
@@ -393,13 +393,12 @@ def _is_last_batch(trainer: Trainer) -> bool:
 def _is_dense(sparsity: Sparsity, target: Target) -> bool:
     """Tell whether nothing of a weight rests or is removed yet."""
     mask = sparsity.masks[target.name]
-    return not isinstance(mask, ListMask) and mask.n_live == mask.dead.numel()
+    return not isinstance(mask, ListMask) and mask.all_live
 
 
 def _to_state(gradient: Tensor | list[Factors]) -> Any:
-    if isinstance(gradient, Tensor):
-        return gradient.cpu()
-    return [[part.output_gradient.cpu(), part.x.cpu(), part.scale] for part in gradient]
+    on_cpu = _to_device(gradient, torch.device("cpu"))
+    return on_cpu if isinstance(on_cpu, Tensor) else [list(part) for part in on_cpu]
 
 
 def _to_device(gradient: Tensor | list[Factors], device: torch.device) -> Tensor | list[Factors]:
