@@ -1,7 +1,7 @@
 """Sparse training for PyTorch Lightning: prune, rewire, rewind and explain any LightningModule."""
 
 from lightning_cpna.activations import UnitActivity, Watch
-from lightning_cpna.callbacks import CPNAPruning, DeadUnitLogger, NeuronPruning, SETRewiring
+from lightning_cpna.callbacks import CPNAPruning, DeadUnitLogger, NeuronPruning, SETRewiring, TicketRewind
 from lightning_cpna.compact import Compacted, compact, load_compact
 from lightning_cpna.cost import Cost, cost_of
 from lightning_cpna.graph import Graph
@@ -9,7 +9,7 @@ from lightning_cpna.growth import Decay, Factors, Growth
 from lightning_cpna.landscape import LayerUnits, UnitReport, plot_units, unit_report
 from lightning_cpna.masks import Masks, infer_masks
 from lightning_cpna.observe import mean_replacement_penalties, observe
-from lightning_cpna.plots import Connectivity, connectivity, plot_connectivity, plot_schedule
+from lightning_cpna.plots import Connectivity, connectivity, plot_connectivity, plot_schedule, plot_tickets
 from lightning_cpna.report import LayerReport, SparsityReport
 from lightning_cpna.rescale import rescale_
 from lightning_cpna.rewiring import plant_, rewire_
@@ -20,6 +20,16 @@ from lightning_cpna.sparse import SparseLinear
 from lightning_cpna.sparsity import Budget, Sparsity, sparsity_of
 from lightning_cpna.targets import Axes, Target
 from lightning_cpna.taylor import weight_saliencies
+from lightning_cpna.tickets import (
+    Rewind,
+    Round,
+    RoundReport,
+    Snapshot,
+    restore_masks_,
+    rewind_,
+    shuffle_masks_,
+    take_snapshot,
+)
 from lightning_cpna.tracing import trace
 from lightning_cpna.unit_scores import UnitInputs, UnitScore
 
@@ -47,14 +57,19 @@ __all__ = [
     "Masks",
     "NeuronPruning",
     "OneShot",
+    "Rewind",
+    "Round",
+    "RoundReport",
     "SETRewiring",
     "Schedule",
     "Score",
     "ScoreInputs",
+    "Snapshot",
     "SparseLinear",
     "Sparsity",
     "SparsityReport",
     "Target",
+    "TicketRewind",
     "UnitActivity",
     "UnitInputs",
     "UnitReport",
@@ -71,10 +86,15 @@ __all__ = [
     "plant_",
     "plot_connectivity",
     "plot_schedule",
+    "plot_tickets",
     "plot_units",
     "rescale_",
+    "restore_masks_",
+    "rewind_",
     "rewire_",
+    "shuffle_masks_",
     "sparsity_of",
+    "take_snapshot",
     "trace",
     "unit_report",
     "weight_saliencies",

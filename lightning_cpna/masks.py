@@ -69,6 +69,13 @@ class Masks(Mapping[str, Mask]):
             )
         mask.to_(parameter.device)
 
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Masks:
+        """Build the masks that ``state_dict`` describes."""
+        masks = cls()
+        masks.load_state_dict(state)
+        return masks
+
     def replace(self, masks: Mapping[str, Mask]) -> None:
         """Put other masks in the place of some."""
         self._masks |= masks

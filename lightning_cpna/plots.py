@@ -1,8 +1,9 @@
-"""Pictures: of a schedule before training, and of the connections that are left after it."""
+"""Pictures: of a schedule before training, of the connections that are left after it, of lottery tickets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from lightning_cpna.report import live_mask
 if TYPE_CHECKING:
     from lightning_cpna.schedules import Schedule
     from lightning_cpna.sparsity import Sparsity
+    from lightning_cpna.tickets import RoundReport
 
 POSITIVE, NEGATIVE, LIVE, DEAD = "#2166ac", "#b2182b", "#333333", "#dddddd"
 MAX_LINES = 2000  # chosen: more lines than that are a grey block
@@ -145,6 +147,32 @@ def _used(result: Connectivity, level: int) -> list[int]:
         units.append(result.layers[level - 1][2])
     used: list[int] = torch.unique(torch.cat(units)).tolist()
     return used
+
+
+def plot_tickets(reports: Sequence[RoundReport], metric: str | None) -> Figure:
+    """Draw the metric against the fraction of connections that remains, one line a branch; the dense network is dotted.
+
+    Args:
+        reports: Of the rounds.
+        metric: What it is called.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for branch in dict.fromkeys(report.branch for report in reports):
+        line = [report for report in reports if report.branch == branch and report.level > 0]
+        axes.plot(
+            [100 * report.density for report in line],
+            [math.nan if report.value is None else report.value for report in line],
+            "o-",
+            label=branch,
+        )
+    if reports and reports[0].value is not None:
+        axes.axhline(reports[0].value, color="black", linestyle=":", label="dense")
+    axes.set(xscale="log", xlabel="connections that remain, %", ylabel=metric or "")
+    axes.invert_xaxis()
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.legend()
+    return figure
 
 
 def log_figure(loggers: Iterable[Any], tag: str, draw: Callable[[], Figure], step: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from lightning_cpna._lightning import Callback, LightningModule, Trainer
 from lightning_cpna.activations import Watch
 from lightning_cpna.callbacks.capture import Capture, is_compiled, trace_few
 from lightning_cpna.cells import cells_of, pack, unpack
+from lightning_cpna.graph import Graph
 from lightning_cpna.layers import layers_of
 from lightning_cpna.mask import ListMask
 from lightning_cpna.moments import is_elementwise, optimizer_of, zero_moments_
@@ -123,6 +125,7 @@ class SparsityCallback(Callback):
         self._fit: Fit | None = None
 
     _epoch: int | None  # the last one whose start was seen
+    _graph: dict[str, Any] | None  # as it was when it was noted last
 
     # The four questions
 
@@ -138,7 +141,10 @@ class SparsityCallback(Callback):
         """What is done after this optimizer step?"""
         raise NotImplementedError
 
-    _changes_connections = False  # between epochs, rather than units, which go first
+    _turn = (
+        0  # between epochs those who remove units go first, then those who change connections, then those who rewind
+    )
+    _keeps_graph = False  # whether what is done between epochs needs the graph, also before this fit traced a batch
 
     def _between_epochs(self, fit: Fit) -> None:
         """What is done when an epoch starts that is not the first?"""
@@ -169,7 +175,13 @@ class SparsityCallback(Callback):
         """
         if self._fit is not None:
             self._catch_up(self._fit)
-        return {"version": STATE_VERSION, "step": self._handled_step, "epoch": self._epoch}
+            self._note_graph(self._fit)
+        return {"version": STATE_VERSION, "step": self._handled_step, "epoch": self._epoch, "graph": self._graph}
+
+    def _note_graph(self, fit: Fit) -> None:
+        graph = fit.sparsity.full_graph or fit.sparsity.graph
+        if self._keeps_graph and graph is not None:
+            self._graph = graph.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the callback's state from a checkpoint.
@@ -184,6 +196,7 @@ class SparsityCallback(Callback):
             )
         self._step = self._handled_step = state_dict["step"]
         self._epoch = state_dict["epoch"]
+        self._graph = state_dict["graph"]
         self._restored = True
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -205,7 +218,7 @@ class SparsityCallback(Callback):
         return {**self.__dict__, "_fit": None}
 
     def _is_first(self, trainer: Trainer) -> bool:
-        return _ours(trainer)[0] is self
+        return ours(trainer)[0] is self
 
     # Before training
 
@@ -225,6 +238,7 @@ class SparsityCallback(Callback):
         """Forget an earlier fit."""
         self._step = self._handled_step = 0
         self._epoch = None
+        self._graph = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the targets, and hold the masks that are there already (a resumed run, a second fit)."""
@@ -257,6 +271,9 @@ class SparsityCallback(Callback):
         self._restored = False
         self._epoch = trainer.current_epoch if self._epoch is None else self._epoch
         fit.optimizers = list(trainer.optimizers)
+        if self._graph is not None and fit.sparsity.graph is None:
+            axes = {name: target.axes for name, target in fit.sparsity.targets.items()}
+            fit.sparsity.graph = Graph.from_state_dict(self._graph, axes)
         owners = []
         for name in fit.names:
             owner = optimizer_of(fit.optimizers, fit.sparsity.tensors[name])
@@ -265,15 +282,16 @@ class SparsityCallback(Callback):
                 raise ValueError(f"targets: {name!r} {why}; allowed are parameters that are trained")
             owners.append(owner)
         listed = [name for name, layer in layers_of(pl_module).items() if isinstance(layer, SparseLinear)]
-        if listed and (averaging := _averaging(trainer)):
+        if listed and (averages := averaging(trainer)):
             raise ValueError(
-                f"targets: connections of {listed[0]!r}, a SparseLinear, come and go, but {averaging}; allowed are masks "
+                f"targets: connections of {listed[0]!r}, a SparseLinear, come and go, but {averages}; allowed are masks "
                 "on a dense layer"
             )
-        fit.handles.append(owners[0].register_step_post_hook(self._count_step))
+        owner = owners[0] if owners else fit.optimizers[0]
+        fit.handles.append(owner.register_step_post_hook(self._count_step))
         if fit.leads:
             self._hold_masks(fit, pl_module)
-            if any(callback.shrink for callback in _ours(trainer)):
+            if any(callback.shrink for callback in ours(trainer)):
                 _refuse_to_shrink(trainer, pl_module)
                 fit.shrinking = Shrinking(pl_module, fit.sparsity, fit.optimizers)
 
@@ -300,7 +318,7 @@ class SparsityCallback(Callback):
             self._turn_epochs(trainer)
 
     def _turn_epochs(self, trainer: Trainer) -> None:
-        for callback in sorted(_ours(trainer), key=lambda callback: callback._changes_connections):
+        for callback in sorted(ours(trainer), key=lambda callback: callback._turn):
             if callback._epoch != trainer.current_epoch:
                 callback._epoch = trainer.current_epoch
                 callback._between_epochs(callback._running())
@@ -314,7 +332,7 @@ class SparsityCallback(Callback):
             self._shrink(fit, fit.shrinking)
         if fit.capture is not None:  # of a batch that was skipped
             fit.capture.close()
-        if fit.leads and not all(ours._running().planned for ours in _ours(trainer)):
+        if fit.leads and not all(one._running().planned for one in ours(trainer)):
             names = {name for budget in fit.sparsity.budgets for name in budget.names}
             fit.capture = Capture(pl_module, [fit.sparsity.tensors[name] for name in names])
 
@@ -333,7 +351,7 @@ class SparsityCallback(Callback):
         """Mask the gradients, so that neither clipping nor moments see a connection that does not live."""
         fit = self._running()
         if fit.leads:
-            for callback in _ours(trainer):
+            for callback in ours(trainer):
                 callback._before_masking(callback._running(), optimizer)
             fit.sparsity.mask_gradients_()
 
@@ -354,14 +372,15 @@ class SparsityCallback(Callback):
             pl_module.log_dict(values)
         elif not trainer.is_last_batch:
             return
-        live = [fit.sparsity.masks[name].n_live for name in fit.names]
-        size = sum(fit.sparsity.size(name) for name in fit.names)
+        names = fit.names or list(fit.sparsity.masks)
+        live = [fit.sparsity.masks[name].n_live for name in names]
+        size = sum(fit.sparsity.size(name) for name in names)
         pl_module.log(f"{self.name}/connections", float(sum(live)), prog_bar=True)
         pl_module.log_dict({f"{self.name}/density": sum(live) / size, f"{self.name}/at_target": float(at_target)})
 
     def _see(self, fit: Fit) -> None:
         """Look at what ran in this batch, and plan once the targets did."""
-        leader = _ours(fit.trainer)[0]
+        leader = ours(fit.trainer)[0]
         leader._trace(leader._running())
         if not fit.planned and self._can_plan(fit):
             self._plan(fit)
@@ -398,7 +417,7 @@ class SparsityCallback(Callback):
         if (capture := fit.capture) is None:
             return
         fit.capture = None
-        for callback in _ours(fit.trainer):  # the copy that is traced must not have the hooks
+        for callback in ours(fit.trainer):  # the copy that is traced must not have the hooks
             callback._running().watching.close()
         sparsity, new = fit.sparsity, capture.finish()
         graph, calls, why = trace_few(fit.module, sparsity.calls, new)
@@ -407,7 +426,7 @@ class SparsityCallback(Callback):
         # A graph without calls is from a checkpoint.
         elif sparsity.graph is None or not sparsity.calls or len(graph) > len(sparsity.graph):
             sparsity.graph, sparsity.calls = graph, calls
-            for callback in _ours(fit.trainer):
+            for callback in ours(fit.trainer):
                 if (other := callback._running()).planned:
                     callback._plan(other)
 
@@ -429,7 +448,7 @@ class SparsityCallback(Callback):
         """Count what lives in each layer, for the log."""
         values: dict[str, float] = {}
         for layer in fit.sparsity.report().layers:
-            if layer.name in fit.names:
+            if not fit.names or layer.name in fit.names:
                 values |= {
                     f"{layer.name}/connections": layer.connections,
                     f"{layer.name}/density": layer.density,
@@ -445,6 +464,7 @@ class SparsityCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if a count was not reached, and let go of the optimizers."""
         fit = self._running()
+        self._note_graph(fit)
         for budget in fit.budgets:
             if (n := fit.sparsity.n_remaining(budget)) > budget.n_end:
                 warnings.warn(
@@ -473,7 +493,19 @@ class SparsityCallback(Callback):
             self._fit = None
 
 
-def _ours(trainer: Trainer) -> list[SparsityCallback]:
+@contextlib.contextmanager
+def in_full_shapes(trainer: Trainer) -> Iterator[None]:
+    """Give tensors that were made smaller their full shapes meanwhile; they shrink again with the next batch."""
+    fit = ours(trainer)[0]._running()
+    shrinks = fit.shrinking is not None
+    fit.restore()
+    yield
+    if shrinks:
+        fit.shrinking, fit.live_at_cut = Shrinking(fit.module, fit.sparsity, fit.optimizers), 0
+
+
+def ours(trainer: Trainer) -> list[SparsityCallback]:
+    """List our callbacks that act on the masks, in the trainer's order."""
     return [c for c in trainer.callbacks if isinstance(c, SparsityCallback)]  # type: ignore[attr-defined]
 
 
@@ -493,12 +525,12 @@ def _refuse_to_shrink(trainer: Trainer, pl_module: LightningModule) -> None:
         why = f"{type(trainer.strategy).__name__} trains in {trainer.world_size} processes"
     elif any(is_compiled(part) for part in pl_module.modules()):
         why = "the module is compiled"
-    why = why or _averaging(trainer)
+    why = why or averaging(trainer)
     if why is not None:
         raise ValueError(f"shrink is True, but {why}; allowed is shrink=False, and compact() after the fit")
 
 
-def _averaging(trainer: Trainer) -> str | None:
+def averaging(trainer: Trainer) -> str | None:
     """Say which callback keeps averages of the weights, if one does."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if hasattr(callback, "_average_model"):

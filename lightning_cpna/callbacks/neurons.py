@@ -17,7 +17,6 @@ from lightning_cpna.activations import Watch
 from lightning_cpna.callbacks.base import Fit, agree
 from lightning_cpna.callbacks.capture import running_eagerly
 from lightning_cpna.callbacks.scheduled import ScheduledPruning, check_choice, check_function, check_targets
-from lightning_cpna.graph import Graph
 from lightning_cpna.layers import layers_of
 from lightning_cpna.observe import mean_replacement_penalties
 from lightning_cpna.rescale import rescale_, verify_rescaling
@@ -123,23 +122,24 @@ class NeuronPruning(ScheduledPruning):
                 "compensate=None, as activations are watched for a whole epoch"
             )
         self._seen: dict[str, Any] | None = None
-        self._graph: dict[str, Any] | None = None
         self._unresolved = self._resolved = schedule
         super().__init__(schedule, self._score.seed if isinstance(self._score, UnitScore) else 0, name, shrink)
 
+    @property
+    def _keeps_graph(self) -> bool:  # type: ignore[override]
+        return isinstance(self.schedule, EpochFraction)
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the state; where units go when an epoch starts, with what was seen in the epoch before and the graph."""
+        """Return the state; where units go when an epoch starts, with what was seen in the epoch before."""
         state = super().state_dict()
         if self._fit is not None:
             self._remember(self._fit)
-        return {**state, "seen": self._seen, "graph": self._graph}
+        return {**state, "seen": self._seen}
 
     def _remember(self, fit: Fit) -> None:
-        """Note what is needed when the next epoch starts, before any batch was traced."""
+        """Note what is needed when the next epoch starts."""
         if isinstance(self.schedule, EpochFraction):
-            graph = fit.sparsity.full_graph or fit.sparsity.graph
             self._seen = None if fit.watch is None else fit.watch.state_dict()
-            self._graph = None if graph is None else graph.state_dict()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the connectivity and let go of the optimizers."""
@@ -149,11 +149,11 @@ class NeuronPruning(ScheduledPruning):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state from a checkpoint."""
         super().load_state_dict(state_dict)
-        self._seen, self._graph = state_dict["seen"], state_dict["graph"]
+        self._seen = state_dict["seen"]
 
     def _begin(self) -> None:
         super()._begin()
-        self._seen = self._graph = None
+        self._seen = None
 
     @property
     def _needs_watch(self) -> bool:
@@ -185,10 +185,6 @@ class NeuronPruning(ScheduledPruning):
             raise ValueError(
                 f"{self.name}: score is 'penalty', which repeats training_step to know the loss; allowed with manual "
                 "optimisation is another score"
-            )
-        if self._graph is not None and fit.sparsity.graph is None:
-            fit.sparsity.graph = Graph.from_state_dict(
-                self._graph, {name: target.axes for name, target in fit.sparsity.targets.items()}
             )
         if self._seen is not None:
             fit.watch = Watch(pl_module)

@@ -63,7 +63,7 @@ class SETRewiring(SparsityCallback):
         'rewiring'
     """
 
-    _changes_connections = True
+    _turn = 1
 
     def __init__(
         self,

@@ -1,0 +1,382 @@
+"""TicketRewind: lottery tickets, rewound to any step, beside the controls that make a claim a claim."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from lightning_cpna._lightning import LightningModule, Trainer
+from lightning_cpna.callbacks.base import Fit, SparsityCallback, agree, averaging, broadcast, in_full_shapes, ours
+from lightning_cpna.callbacks.scheduled import check_choice, check_targets
+from lightning_cpna.plots import log_figure, plot_tickets
+from lightning_cpna.rng import rng_state, set_rng_state
+from lightning_cpna.schedules import Geometric
+from lightning_cpna.scores import Granularity, Score
+from lightning_cpna.sparsity import Budget, Scope, Sparsity
+from lightning_cpna.tickets import (
+    Control,
+    Rewind,
+    Round,
+    RoundReport,
+    Snapshot,
+    restore_masks_,
+    rewind_,
+    shuffle_masks_,
+    take_snapshot,
+)
+
+
+class TicketRewind(SparsityCallback):
+    """Find lottery tickets by iterative magnitude pruning, and train them beside their controls, in one fit.
+
+    The fit is a sequence of rounds of ``epochs`` epochs. The first trains the dense network. After it, ``levels`` times, the
+    masks tighten to fewer connections, by magnitude, and the network goes back to what it was early in training; then it
+    trains for a round. Before each of these rounds the controls get one of their own, with the masks of that level; what the
+    network had learned is put aside meanwhile. The fit ends after ``n_epochs`` epochs with the winning ticket.
+
+    A round that went back is bit for bit the fit of the masked network from the same weights, optimizer state and random
+    numbers, on one process with a loader that draws from torch's generator or from one of its own. A sampler that counts
+    epochs (``DistributedSampler``) is told that the first round's begin again. ``trainer.global_step`` and ``current_epoch``
+    go on rising, so give a learning rate scheduler the length of a round. ``EarlyStopping`` would end the whole fit.
+
+    Args:
+        targets: From parameter name or glob (``"net.*.weight"``) to how much of it should remain after the last level: an int
+            is a count, a float in (0, 1) a density; every level removes the same fraction of what is left. None: other
+            callbacks prune (``CPNAPruning``, ``NeuronPruning``), in the first round or in all, and this one rewinds.
+        epochs: The length of a round.
+        levels: How often the masks tighten. 1 is one-shot pruning.
+        rewind_to: ``"init"``, an optimizer step of the first round, or ``"keep"`` (weights stay, learning rates go back); or
+            a ``Rewind``, which also says what goes back. Everything does by default.
+        controls: ``"reinit"``: the same masks, fresh random weights. ``"shuffle"``: the same weights, random masks that leave
+            every layer as many connections.
+        granularity: What is counted and removed: "connection", input "feature"s, or whole "unit"s with what they feed.
+        scope: "layer": each parameter that a name matches has its own budget. "shared": they share one.
+        monitor: The logged metric that is noted at the end of each round, as ``"val_acc"``.
+        name: Prefix of what is logged and key of the saved state; two callbacks need two names.
+
+    Attributes:
+        reports: What is known of each round that ended.
+
+    Raises:
+        ValueError: If an argument is out of range (here, or when training starts and the module is known).
+
+    Logged: ``{name}/connections``, ``{name}/density``, ``{name}/at_target`` (1 while the last winning ticket trains),
+    ``{name}/level``, for each target ``connections``, ``density``, ``live_units``, ``live_features``; at the end of each
+    round ``{name}/{branch}/{monitor}`` and ``{name}/{branch}/connections``, and a picture of the metric against what remains.
+
+    Reference:
+        Frankle, Carbin: The lottery ticket hypothesis (2019); Frankle, Dziugaite, Roy, Carbin: Linear mode connectivity and
+        the lottery ticket hypothesis (2020); Renda, Frankle, Carbin: Comparing rewinding and fine-tuning (2020).
+
+    Example:
+        >>> ticket = TicketRewind({"net.*.weight": 0.8**5}, epochs=3, levels=5, controls=["reinit"])
+        >>> ticket.n_epochs
+        33
+    """
+
+    _turn = 2
+
+    def __init__(
+        self,
+        targets: dict[str, int | float] | None = None,
+        *,
+        epochs: int,
+        levels: int = 1,
+        rewind_to: Literal["init", "keep"] | int | Rewind = "init",
+        controls: Sequence[Control] = (),
+        granularity: Granularity = "connection",
+        scope: Scope = "layer",
+        monitor: str | None = None,
+        name: str = "ticket",
+    ) -> None:
+        if targets is not None:
+            check_targets(targets)
+        for argument, value in (("epochs", epochs), ("levels", levels)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{argument} is {value!r}; allowed is an int >= 1")
+        if isinstance(controls, str) or len(set(controls)) < len(controls):
+            raise ValueError(f"controls is {controls!r}; allowed is a list of 'reinit' and 'shuffle', each once")
+        for control in controls:
+            check_choice("controls", control, ("reinit", "shuffle"))
+        check_choice("granularity", granularity, ("connection", "feature", "unit"))
+        check_choice("scope", scope, ("layer", "shared"))
+        self._rewind = rewind_to if isinstance(rewind_to, Rewind) else Rewind(rewind_to)
+        if "reinit" in controls and isinstance(self._rewind.to, int):
+            raise ValueError(
+                f"controls has 'reinit', which begins with fresh weights, but rewind_to is {self._rewind.to}; allowed with "
+                "it are 'init' and 'keep'"
+            )
+        self.targets = targets
+        self.epochs = epochs
+        self.levels = levels
+        self.rewind_to = rewind_to
+        self.controls = controls
+        self.granularity: Granularity = granularity
+        self.scope: Scope = scope
+        self.monitor = monitor
+        self._generator = torch.Generator()
+        branches = (*controls, self._rewind.label)
+        first = Round(0, self._rewind.label)
+        self._rounds = (first, *(Round(level, branch) for level in range(1, levels + 1) for branch in branches))
+        super().__init__(name)
+
+    @property
+    def n_epochs(self) -> int:
+        """How many epochs all rounds take."""
+        return self.epochs * len(self._rounds)
+
+    @property
+    def _keeps_graph(self) -> bool:  # type: ignore[override]
+        return self.granularity == "unit"
+
+    # State
+
+    def _begin(self) -> None:
+        super()._begin()
+        self.reports: tuple[RoundReport, ...] = ()
+        self._n_begun = 0  # epochs that began after the first
+        self._round_step = 0  # the step at which the round began
+        self._n_start = dict[str, int]()
+        self._counts = dict[str, int]()  # what lived when a control began
+        self._rng: list[dict[str, Any]] = []  # of each process
+        self._snapshot: Snapshot | None = None
+        self._aside: Snapshot | None = None  # the winning ticket, while controls train
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: which round it is, what is known of those that ended, and the snapshots."""
+        return {
+            **super().state_dict(),
+            "reports": [asdict(report) for report in self.reports],
+            "n_begun": self._n_begun,
+            "round_step": self._round_step,
+            "n_start": dict(self._n_start),
+            "counts": dict(self._counts),
+            "rng": list(self._rng),
+            "generator": self._generator.get_state(),
+            "snapshot": None if self._snapshot is None else vars(self._snapshot),
+            "aside": None if self._aside is None else vars(self._aside),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state from a checkpoint."""
+        super().load_state_dict(state_dict)
+        self.reports = tuple(RoundReport(**report) for report in state_dict["reports"])
+        self._n_begun = state_dict["n_begun"]
+        self._round_step = state_dict["round_step"]
+        self._n_start = dict(state_dict["n_start"])
+        self._counts = dict(state_dict["counts"])
+        self._rng = list(state_dict["rng"])
+        self._generator.set_state(state_dict["generator"])
+        snapshot, aside = state_dict["snapshot"], state_dict["aside"]
+        self._snapshot = None if snapshot is None else Snapshot(**snapshot)
+        self._aside = None if aside is None else Snapshot(**aside)
+
+    # Before training
+
+    def _find_budgets(self, sparsity: Sparsity, pl_module: LightningModule) -> list[Budget]:
+        if self.targets is None:
+            return []
+        return sparsity.add_budgets(pl_module, self.targets, self.granularity, self.scope)
+
+    def _plan(self, fit: Fit) -> None:
+        for name in fit.names if self.granularity == "unit" else ():
+            fit.sparsity.with_removable_units(name)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the targets; note the random generators, before the first batches are drawn."""
+        super().on_fit_start(trainer, pl_module)
+        if not self._rng and self._rewind.sampler:
+            mine = rng_state(pl_module.device)
+            self._rng = [trainer.strategy.broadcast(mine, src=rank) for rank in range(trainer.world_size)]
+        elif self._rewind.sampler and len(self._rng) != trainer.world_size:
+            raise ValueError(
+                f"{self.name}: the fit began on {len(self._rng)} processes and goes on on {trainer.world_size}, so their "
+                "random generators cannot go back; allowed is the same number, or Rewind(sampler=False)"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the rounds fit into the run; note what the network is, if it has not been trained yet."""
+        super().on_train_start(trainer, pl_module)
+        fit = self._running()
+        if why := averaging(trainer):
+            raise ValueError(f"{self.name}: {why}, which would not go back; allowed is a fit without it")
+        if self.controls and any(other._turn == 1 for other in ours(trainer)):
+            raise ValueError(
+                f"{self.name}: controls is {list(self.controls)}, but another callback goes on exchanging connections, so "
+                "that there is no mask to control; allowed is controls=[]"
+            )
+        if self.targets is None and not fit.sparsity.masks:
+            raise ValueError(
+                "targets is None, but nothing is or will be pruned; allowed is a dict, or a callback beside it"
+            )
+        step, a_round = self._rewind.to, self.epochs * _n_steps_an_epoch(trainer)
+        if isinstance(step, int) and step > a_round:
+            raise ValueError(f"rewind_to is {step}; allowed is a step of the first round, 1 to {a_round}")
+        if 0 <= (trainer.max_epochs or -1) < trainer.current_epoch - self._n_begun + self.n_epochs:
+            warnings.warn(
+                f"{self.name}: {len(self._rounds)} rounds of {self.epochs} epochs need {self.n_epochs} epochs, but "
+                f"max_epochs is {trainer.max_epochs}: the last ones will be missing; use max_epochs={self.n_epochs}",
+                stacklevel=2,
+            )
+        if self._snapshot is None and not self._step:
+            self._generator.manual_seed(int(broadcast(trainer, torch.tensor(torch.initial_seed() % 2**63))))
+            if not isinstance(step, int):
+                self._take_snapshot(fit)
+        for budget in fit.budgets:
+            self._n_start.setdefault(budget.label, fit.sparsity.n_remaining(budget))
+
+    def _take_snapshot(self, fit: Fit) -> None:
+        with in_full_shapes(fit.trainer):
+            self._snapshot = take_snapshot(fit.module, fit.optimizers, _schedulers(fit.trainer))
+
+    # While training
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a round, if the last one ended; tell samplers which of the round's epochs this is."""
+        super().on_train_epoch_start(trainer, pl_module)
+        if self._rewind.sampler:
+            for sampler in _samplers(trainer):
+                if hasattr(sampler, "set_epoch"):
+                    sampler.set_epoch(self._n_begun % self.epochs)
+
+    def _after_step(self, fit: Fit) -> None:
+        step = self._rewind.to
+        if isinstance(step, int) and self._snapshot is None and self._step >= step:
+            self._take_snapshot(fit)
+
+    def _between_epochs(self, fit: Fit) -> None:
+        self._n_begun += 1
+        n_rounds, epoch = divmod(self._n_begun, self.epochs)
+        if epoch == 0 and n_rounds <= len(self._rounds):
+            self._end_round(fit)
+            if n_rounds < len(self._rounds):
+                with in_full_shapes(fit.trainer):
+                    self._begin_round(fit, self._rounds[n_rounds - 1], self._rounds[n_rounds])
+
+    def _begin_round(self, fit: Fit, last: Round, new: Round) -> None:
+        module, optimizers, schedulers = fit.module, fit.optimizers, _schedulers(fit.trainer)
+        if self._snapshot is None:
+            raise ValueError(f"rewind_to is {self._rewind.to}; allowed is a step of the first round, 1 to {self._step}")
+        if last.branch in self.controls and _live(fit) != self._counts:
+            raise ValueError(
+                f"{self.name}: connections were pruned while the control {last.branch!r} trained; allowed with controls are "
+                "other callbacks whose schedules end in the first round"
+            )
+        if self._aside is not None:
+            restore_masks_(module, self._aside, optimizers)
+        if last.level < new.level:
+            self._tighten(fit, new.level)
+            if new.branch in self.controls:
+                self._aside = take_snapshot(module, optimizers, schedulers)
+        if new.branch == "shuffle":
+            shuffle_masks_(module, self._snapshot, optimizers=optimizers, generator=self._generator)
+        what = self._rewind
+        if new.branch in self.controls:
+            what = replace(what, to="init", weights=True, buffers=True)
+        elif self._aside is not None:
+            rewind_(module, self._aside, optimizers=optimizers, schedulers=schedulers)
+            self._aside = None
+        redraw = self._generator if new.branch == "reinit" else None
+        rewind_(module, self._snapshot, what, optimizers=optimizers, schedulers=schedulers, redraw=redraw)
+        if what.sampler:
+            set_rng_state(self._rng[fit.trainer.global_rank], fit.module.device)
+            for generator in _generators(fit.trainer):
+                generator.manual_seed(generator.initial_seed())
+        self._counts = _live(fit)
+
+    def _tighten(self, fit: Fit, level: int) -> None:
+        schedule = Geometric(0, self.levels)
+        for budget in fit.budgets:
+            n = schedule.n_remaining(level, self._n_start[budget.label], budget.n_end)
+            if n < fit.sparsity.n_remaining(budget):
+                fit.sparsity.prune_(
+                    budget, n, Score("magnitude"), optimizers=fit.optimizers, agree=partial(agree, fit.trainer)
+                )
+
+    def _end_round(self, fit: Fit) -> None:
+        """Note what is known of the round that ended, and log it."""
+        trainer, index = fit.trainer, len(self.reports)
+        value = None
+        if self.monitor is not None:
+            if self.monitor not in trainer.callback_metrics:
+                raise ValueError(
+                    f"monitor is {self.monitor!r}, which was not logged; allowed is one of "
+                    f"{', '.join(sorted(trainer.callback_metrics))}"
+                )
+            value = float(trainer.callback_metrics[self.monitor])
+        sizes = {name: fit.sparsity.size(name) for name in fit.sparsity.masks}
+        report = RoundReport(
+            self._rounds[index].level,
+            self._rounds[index].branch,
+            _live(fit),
+            sizes,
+            self._step - self._round_step,
+            value,
+        )
+        self.reports += (report,)
+        self._round_step = self._step
+        logged = {f"{self.name}/{report.branch}/connections": float(report.connections)}
+        if value is not None:
+            logged[f"{self.name}/{report.branch}/{self.monitor}"] = value
+        for logger in trainer.loggers:
+            logger.log_metrics(logged, step=trainer.global_step)
+        if trainer.is_global_zero and value is not None:
+            draw = partial(plot_tickets, self.reports, self.monitor)
+            log_figure(trainer.loggers, f"{self.name}/tickets", draw, trainer.global_step)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the fit with the last round."""
+        if self._n_begun + 1 >= self.n_epochs:
+            trainer.should_stop = True
+
+    def _round(self) -> Round:
+        return self._rounds[min(self._n_begun // self.epochs, len(self._rounds) - 1)]
+
+    def _at_target(self, fit: Fit) -> bool:
+        return self._round() is self._rounds[-1] and super()._at_target(fit)
+
+    def _values(self, fit: Fit) -> dict[str, float]:
+        return {**self._layer_values(fit), "level": self._round().level}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the last round, or say that the fit ended before it did."""
+        fit = self._running()
+        fit.restore()
+        ended = (self._n_begun + 1) // self.epochs
+        if len(self.reports) < ended == len(self._rounds):
+            self._end_round(fit)
+        elif ended < len(self._rounds):
+            warnings.warn(f"{self.name}: training ended after {ended} of {len(self._rounds)} rounds", stacklevel=2)
+        super().on_train_end(trainer, pl_module)
+
+
+def _live(fit: Fit) -> dict[str, int]:
+    return {name: mask.n_live for name, mask in fit.sparsity.masks.items()}
+
+
+def _schedulers(trainer: Trainer) -> list[Any]:
+    return [config.scheduler for config in trainer.lr_scheduler_configs]
+
+
+def _n_steps_an_epoch(trainer: Trainer) -> float:
+    return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+
+
+def _samplers(trainer: Trainer) -> list[Any]:
+    """Find the samplers of the training loaders."""
+    loaders = tree_leaves(trainer.train_dataloader)
+    return [getattr(loader, name, None) for loader in loaders for name in ("sampler", "batch_sampler")]
+
+
+def _generators(trainer: Trainer) -> list[torch.Generator]:
+    """Find the generators that the training loaders draw from, where it is not torch's own."""
+    owners = [*tree_leaves(trainer.train_dataloader), *_samplers(trainer)]
+    found = [getattr(owner, "generator", None) for owner in owners]
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
