@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import statistics
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,3 +23,14 @@ def load(folder: Path, name: str) -> list[Row]:
     """Read rows."""
     rows: list[Row] = json.loads((folder / f"{name}.json").read_text())
     return rows
+
+
+def mean_and_spread(rows: Iterable[Row], by: tuple[str, ...], value: str) -> dict[tuple[Any, ...], tuple[float, float]]:
+    """Group rows, and return the mean and standard deviation of a value over each group."""
+    groups: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[key] for key in by)].append(row[value])
+    return {
+        key: (statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
+        for key, values in groups.items()
+    }

@@ -12,9 +12,10 @@ import torch
 pytest.importorskip("sklearn", reason="the extra 'examples' is not installed")
 
 from examples.data import DATA_VARIABLE, digits, fetch, loader, mnist
+from examples.results import mean_and_spread
 from examples.saliency.__main__ import main, parse
 from examples.saliency.experiments import UnitRemover
-from examples.saliency.figures import mean_and_spread, stops
+from examples.saliency.figures import stops
 from examples.saliency.training import Classifier, accuracy
 
 

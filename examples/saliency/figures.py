@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from examples.readme import fill
-from examples.results import Row, load
+from examples.results import Row, load, mean_and_spread
 
 COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")
 LABELS = {
@@ -26,17 +26,6 @@ LABELS = {
     "gradient": "gradient x activation", "mean_replacement": "mean replacement saliency",
     "penalty": "mean replacement penalty", "frame_potential": "frame potential", "inner_product": "inner product",
 }  # fmt: skip
-
-
-def mean_and_spread(rows: Iterable[Row], by: tuple[str, ...], value: str) -> dict[tuple[Any, ...], tuple[float, float]]:
-    """Group rows, and return the mean and standard deviation of a value over each group."""
-    groups: dict[tuple[Any, ...], list[float]] = defaultdict(list)
-    for row in rows:
-        groups[tuple(row[key] for key in by)].append(row[value])
-    return {
-        key: (statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
-        for key, values in groups.items()
-    }
 
 
 def _lines(axes: Axes, rows: list[Row], line: str, x: str, y: str) -> None:

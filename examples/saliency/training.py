@@ -60,7 +60,14 @@ def accuracy(module: nn.Module, split: Split) -> float:
 
 
 def fit(
-    module: Classifier, data: Splits, *, epochs: int, batch_size: int, seed: int, callbacks: Sequence[Any] = ()
+    module: Classifier,
+    data: Splits,
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    callbacks: Sequence[Any] = (),
+    logger: Any = False,
 ) -> pl.Trainer:
     """Train a module."""
     silence()
@@ -68,7 +75,7 @@ def fit(
     trainer = pl.Trainer(
         max_epochs=epochs,
         callbacks=list(callbacks),
-        logger=False,
+        logger=logger,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -1,0 +1,1 @@
+"""Lottery tickets on MNIST."""

@@ -1,0 +1,148 @@
+"""The figures and the table of the ticket experiments, from their rows of results."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from examples.readme import fill
+from examples.results import Row, load, mean_and_spread
+
+COLOURS = {"init": "C0", "step 500": "C2", "keep": "C4", "reinit": "C3", "shuffle": "C1", "dense": "black"}
+LABELS = {
+    "init": "winning ticket", "step 500": "rewound to step 500",
+    "keep": "weights kept", "reinit": "fresh weights", "shuffle": "random mask", "dense": "dense",
+}  # fmt: skip
+
+
+def lines(axes: Axes, rows: Iterable[Row], style: str = "-", suffix: str = "") -> None:
+    """Draw the accuracy against what remains, a line a branch: mean and standard deviation over seeds."""
+    found = mean_and_spread(rows, ("branch", "level", "density"), "accuracy")
+    for branch in dict.fromkeys(key[0] for key in found):
+        points = sorted((key[2], *value) for key, value in found.items() if key[0] == branch)
+        if branch == "dense":
+            axes.axhline(points[0][1], color="black", linestyle=":", linewidth=1, label="dense" if not suffix else None)
+            continue
+        axes.errorbar(
+            [100 * density for density, _, _ in points],
+            [mean for _, mean, _ in points],
+            [spread for *_, spread in points],
+            color=COLOURS[branch],
+            linestyle=style,
+            marker=".",
+            capsize=2,
+            label=LABELS[branch] + suffix,
+        )
+    axes.set(xscale="log", xlabel="weights that remain, %", ylabel="test accuracy, %")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+
+
+def draw_levels(results: dict[str, list[Row]]) -> Any:
+    """Draw tickets from init, from step k and with their weights kept, iterative and one-shot, beside the controls."""
+    figure, panels = plt.subplots(1, 2, figsize=(13, 4.8), sharey=True, layout="constrained")
+    for axes, parts, title in zip(
+        panels,
+        (("iterative", "rewinding"), ("one-shot",)),
+        ("a little after every round", "all at once"),
+        strict=True,
+    ):
+        for name in parts:
+            rows = results.get(name, [])
+            lines(axes, rows if name != "rewinding" else [row for row in rows if row["branch"] != "dense"])
+        axes.set(title=f"pruned {title}")
+        axes.invert_xaxis()
+        if axes.lines:
+            axes.legend(fontsize=8)
+    return figure
+
+
+def draw_objection(results: dict[str, list[Row]]) -> Any:
+    """Draw winning tickets against fresh weights, for every recipe, weights above and units below."""
+    rows = results["objection"]
+    recipes = list(dict.fromkeys(row["recipe"] for row in rows))
+    figure, panels = plt.subplots(2, len(recipes), figsize=(4.6 * len(recipes), 8), layout="constrained", squeeze=False)
+    for i, what in enumerate(("weights", "units")):
+        for j, recipe in enumerate(recipes):
+            lines(panels[i][j], [row for row in rows if (row["what"], row["recipe"]) == (what, recipe)])
+            panels[i][j].set(title=f"{what} removed; {recipe}")
+            panels[i][j].invert_xaxis()
+            panels[i][j].legend(fontsize=8)
+    return figure
+
+
+def draw_transfer(results: dict[str, list[Row]]) -> Any:
+    """Draw what tickets of the digits 0 to 4 reach on 5 to 9."""
+    figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
+    lines(axes, results["transfer"])
+    axes.set(title="trained on the digits 5 to 9")
+    axes.invert_xaxis()
+    axes.legend(fontsize=8)
+    return figure
+
+
+FIGURES = {
+    "tickets": (draw_levels, ("iterative", "rewinding", "one-shot")),
+    "objection": (draw_objection, ("objection",)),
+    "transfer": (draw_transfer, ("transfer",)),
+}
+
+
+def table(results: dict[str, list[Row]]) -> str:
+    """Return what the figures show at some densities, in Markdown: mean and standard deviation over seeds."""
+    lines = [
+        "| weights that remain | pruned | winning ticket | rewound to step 500 | weights kept | fresh weights | random mask |"
+    ]
+    lines.append("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
+    branches = ("init", "step 500", "keep", "reinit", "shuffle")
+    for pruned, names in (("iteratively", ("iterative", "rewinding")), ("at once", ("one-shot",))):
+        rows = [row for name in names for row in results.get(name, [])]
+        found = mean_and_spread(rows, ("branch", "level", "density"), "accuracy")
+        if pruned == "iteratively" and found:
+            mean, spread = next(value for key, value in found.items() if key[0] == "dense")
+            lines.append(f"| 100 % | | {mean:.2f} ± {spread:.2f} | | | | |")
+        shown = {key[2]: {k[0]: v for k, v in found.items() if k[2] == key[2]} for key in found if key[0] == "init"}
+        for density in sorted(shown, reverse=True):
+            cells = [
+                "{:.2f} ± {:.2f}".format(*shown[density][branch]) if branch in shown[density] else ""
+                for branch in branches
+            ]
+            lines.append(f"| {100 * density:.1f} % | {pruned} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(folder: Path, out: Path) -> list[Path]:
+    """Draw the figures of what there is in a folder of results; return the files."""
+    results = {path.stem: load(folder, path.stem) for path in sorted(folder.glob("*.json"))}
+    files = []
+    for name, (draw_one, needed) in FIGURES.items():
+        if any(part in results for part in needed):
+            figure = draw_one(results)
+            files.append(out / f"{name}.png")
+            figure.savefig(files[-1], dpi=110)
+            plt.close(figure)
+    return files
+
+
+def main() -> None:
+    """Draw the figures of results; with ``--readme`` put the table into that file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where examples.tickets wrote its results")
+    parser.add_argument("--readme", type=Path, help="a file with the marks of the table")
+    args = parser.parse_args()
+    draw(args.folder, args.folder)
+    if args.readme:
+        results = {path.stem: load(args.folder, path.stem) for path in sorted(args.folder.glob("*.json"))}
+        args.readme.write_text(fill(args.readme.read_text(), "examples.tickets", table(results)))
+
+
+if __name__ == "__main__":
+    main()
