@@ -168,8 +168,9 @@ def plot_tickets(reports: Sequence[RoundReport], metric: str | None) -> Figure:
         )
     if reports and reports[0].value is not None:
         axes.axhline(reports[0].value, color="black", linestyle=":", label="dense")
+    densities = [100 * report.density for report in reports if report.level > 0] or [100.0]
     axes.set(xscale="log", xlabel="connections that remain, %", ylabel=metric or "")
-    axes.invert_xaxis()
+    axes.set_xlim(1.2 * max(densities), min(densities) / 1.2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.legend()
     return figure

@@ -64,16 +64,16 @@ def objection(seed: int, folder: Path | None, board: Path | None, epochs: int = 
     rows = []
     data = mnist(seed, folder)
     for recipe in RECIPES:
-        for what, targets, granularity in (
-            ("weights", {WEIGHTS: 0.5**levels}, "connection"),
-            ("units", dict.fromkeys(HIDDEN, 0.7**levels), "unit"),
+        for what, targets in (
+            ("weights", {WEIGHTS: 0.5**levels}),
+            ("units", dict.fromkeys(HIDDEN, 0.7**levels)),
         ):
             ticket = TicketRewind(
-                targets,  # type: ignore[arg-type]
+                targets,
                 epochs=epochs,
                 levels=levels,
                 controls=["reinit"],
-                granularity=granularity,
+                granularity="unit" if what == "units" else "connection",
                 monitor="accuracy",
             )
             found = find(ticket, data, seed, recipe, board, f"{what}, {recipe}")

@@ -128,7 +128,7 @@ class XORNet(pl.LightningModule):
 
 
 class Phases(pl.Callback):
-    """Sets the optimizer's learning rate and weight decay as the phases say; its moments go on."""
+    """Sets the optimizer's learning rate and weight decay as the phases say, again in every epoch; its moments go on."""
 
     def __init__(self, phases: list[Phase], n: int) -> None:
         self.phases, self.n = phases, n
@@ -137,7 +137,7 @@ class Phases(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Set the rates of this step."""
-        step = trainer.global_step
+        step = trainer.global_step % sum(phase.steps(self.n) for phase in self.phases)
         for phase in self.phases:
             if step < (steps := phase.steps(self.n)):
                 break
