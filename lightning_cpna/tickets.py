@@ -191,6 +191,12 @@ def rewind_(
     if set(snapshot.weights) != set(sparsity.tensors):
         other = sorted(set(snapshot.weights) ^ set(sparsity.tensors))
         raise ValueError(f"snapshot: it does not have the same parameters, see {other[0]!r}: it is of another network")
+    for name, saved in snapshot.weights.items():
+        if name not in snapshot.cells and saved.shape != sparsity.tensors[name].shape:
+            raise ValueError(
+                f"snapshot: {name!r} has shape {tuple(sparsity.tensors[name].shape)}, in the snapshot "
+                f"{tuple(saved.shape)}: it is of another network"
+            )
     counts = len(snapshot.optimizers), len(snapshot.schedulers)
     if (optimizers or schedulers) and (len(optimizers), len(schedulers)) != counts:
         raise ValueError(
@@ -207,12 +213,11 @@ def rewind_(
             buffers[name].copy_(saved)
     for optimizer, state in zip(optimizers, snapshot.optimizers, strict=False):
         now = optimizer.state_dict()
-        optimizer.load_state_dict(
-            {
-                "state": _states_here(sparsity, snapshot, optimizer, state) if what.optimizer else now["state"],
-                "param_groups": copy.deepcopy(state["param_groups"]) if what.schedule else now["param_groups"],
-            }
-        )
+        loaded = {
+            "state": _states_here(sparsity, snapshot, optimizer, state) if what.optimizer else now["state"],
+            "param_groups": state["param_groups"] if what.schedule else now["param_groups"],
+        }
+        optimizer.load_state_dict(copy.deepcopy(loaded))  # which would take the snapshot's own tensors, and train them
     if what.schedule:
         for scheduler, state in zip(schedulers, snapshot.schedulers, strict=False):
             scheduler.load_state_dict(copy.deepcopy(state))
@@ -252,16 +257,14 @@ def shuffle_masks_(
     """Exchange the masks for random ones that leave every layer as many connections (and units, and features), in place.
 
     In a dense layer any connection may live then, in a ``SparseLinear`` those of the snapshot. Layers whose budgets
-    (``sparsity.budgets``) count units or features lose random whole ones.
+    (``sparsity.budgets``) count units or features lose random whole ones; where these have different numbers of connections,
+    as in a ``SparseLinear``, fewer connections may be left.
 
     Args:
         module: The module.
         snapshot: What it was before anything was pruned.
         optimizers: Its optimizers.
         generator: A CPU generator.
-
-    Raises:
-        ValueError: If random units or features leave a layer fewer connections than it has now.
 
     Example:
         >>> net = nn.Linear(10, 4)
@@ -292,8 +295,9 @@ def shuffle_masks_(
         sparsity.prune_(budget, n, Score("random"), optimizers=optimizers, generator=generator)
     for name, n in counts.items():
         sparsity.add_mask(name)
-        budget = Budget(name, (name,), "connection", n)
-        sparsity.prune_(budget, n, Score("random"), optimizers=optimizers, generator=generator)
+        left = min(n, sparsity.masks[name].n_live)
+        budget = Budget(name, (name,), "connection", left)
+        sparsity.prune_(budget, left, Score("random"), optimizers=optimizers, generator=generator)
 
 
 def _move_(layer: SparseLinear, cells: Tensor, optimizers: Iterable[Optimizer]) -> None:

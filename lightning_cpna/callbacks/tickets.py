@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_cpna._lightning import LightningModule, Trainer
@@ -145,9 +146,12 @@ class TicketRewind(SparsityCallback):
         self._round_step = 0  # the step at which the round began
         self._n_start = dict[str, int]()
         self._counts = dict[str, int]()  # what lived when a control began
+        self._value: tuple[int, float] | None = None  # what validation said last, and in which epoch
         self._rng: list[dict[str, Any]] = []  # of each process
         self._snapshot: Snapshot | None = None
         self._aside: Snapshot | None = None  # the winning ticket, while controls train
+        self._fit_step = 0  # the step at which this fit, perhaps resumed, began
+        self._value_before: Tensor | None = None  # what was logged when this epoch began
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: which round it is, what is known of those that ended, and the snapshots."""
@@ -158,6 +162,7 @@ class TicketRewind(SparsityCallback):
             "round_step": self._round_step,
             "n_start": dict(self._n_start),
             "counts": dict(self._counts),
+            "value": self._value,
             "rng": list(self._rng),
             "generator": self._generator.get_state(),
             "snapshot": None if self._snapshot is None else vars(self._snapshot),
@@ -172,6 +177,7 @@ class TicketRewind(SparsityCallback):
         self._round_step = state_dict["round_step"]
         self._n_start = dict(state_dict["n_start"])
         self._counts = dict(state_dict["counts"])
+        self._value = state_dict["value"]
         self._rng = list(state_dict["rng"])
         self._generator.set_state(state_dict["generator"])
         snapshot, aside = state_dict["snapshot"], state_dict["aside"]
@@ -205,6 +211,7 @@ class TicketRewind(SparsityCallback):
         """Check that the rounds fit into the run; note what the network is, if it has not been trained yet."""
         super().on_train_start(trainer, pl_module)
         fit = self._running()
+        self._fit_step = self._step
         if why := averaging(trainer):
             raise ValueError(f"{self.name}: {why}, which would not go back; allowed is a fit without it")
         if self.controls and any(other._turn == 1 for other in ours(trainer)):
@@ -219,7 +226,7 @@ class TicketRewind(SparsityCallback):
         step, a_round = self._rewind.to, self.epochs * _n_steps_an_epoch(trainer)
         if isinstance(step, int) and step > a_round:
             raise ValueError(f"rewind_to is {step}; allowed is a step of the first round, 1 to {a_round}")
-        if 0 <= (trainer.max_epochs or -1) < trainer.current_epoch - self._n_begun + self.n_epochs:
+        if 0 <= (trainer.max_epochs or -1) < (self._epoch or 0) - self._n_begun + self.n_epochs:
             warnings.warn(
                 f"{self.name}: {len(self._rounds)} rounds of {self.epochs} epochs need {self.n_epochs} epochs, but "
                 f"max_epochs is {trainer.max_epochs}: the last ones will be missing; use max_epochs={self.n_epochs}",
@@ -241,10 +248,20 @@ class TicketRewind(SparsityCallback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a round, if the last one ended; tell samplers which of the round's epochs this is."""
         super().on_train_epoch_start(trainer, pl_module)
+        self._value_before = self._logged(trainer)
         if self._rewind.sampler:
             for sampler in _samplers(trainer):
                 if hasattr(sampler, "set_epoch"):
                     sampler.set_epoch(self._n_begun % self.epochs)
+
+    def _logged(self, trainer: Trainer) -> Tensor | None:
+        return None if self.monitor is None else trainer.callback_metrics.get(self.monitor)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the metric if validation logged it: whoever goes on from a checkpoint of this moment does not know it."""
+        value = self._logged(trainer)
+        if value is not None and value is not self._value_before:
+            self._value = (self._n_begun, float(value))
 
     def _after_step(self, fit: Fit) -> None:
         step = self._rewind.to
@@ -255,7 +272,7 @@ class TicketRewind(SparsityCallback):
         self._n_begun += 1
         n_rounds, epoch = divmod(self._n_begun, self.epochs)
         if epoch == 0 and n_rounds <= len(self._rounds):
-            self._end_round(fit)
+            self._end_round(fit, self._n_begun - 1)
             if n_rounds < len(self._rounds):
                 with in_full_shapes(fit.trainer):
                     self._begin_round(fit, self._rounds[n_rounds - 1], self._rounds[n_rounds])
@@ -300,17 +317,29 @@ class TicketRewind(SparsityCallback):
                     budget, n, Score("magnitude"), optimizers=fit.optimizers, agree=partial(agree, fit.trainer)
                 )
 
-    def _end_round(self, fit: Fit) -> None:
-        """Note what is known of the round that ended, and log it."""
-        trainer, index = fit.trainer, len(self.reports)
-        value = None
-        if self.monitor is not None:
-            if self.monitor not in trainer.callback_metrics:
-                raise ValueError(
-                    f"monitor is {self.monitor!r}, which was not logged; allowed is one of "
-                    f"{', '.join(sorted(trainer.callback_metrics))}"
-                )
-            value = float(trainer.callback_metrics[self.monitor])
+    def _value_of(self, fit: Fit, epoch: int) -> float | None:
+        """Return the metric at the end of an epoch."""
+        if self.monitor is None:
+            return None
+        if (logged := self._logged(fit.trainer)) is not None:
+            return float(logged)
+        if self._value is not None and self._value[0] == epoch:
+            return self._value[1]
+        if self._step > self._fit_step:
+            raise ValueError(
+                f"monitor is {self.monitor!r}, which was not logged; allowed is one of "
+                f"{', '.join(sorted(fit.trainer.callback_metrics))}"
+            )
+        warnings.warn(
+            f"{self.name}: the fit goes on from a checkpoint that was made at a round's end, before {self.monitor!r} was "
+            "known: the round's report lacks it",
+            stacklevel=2,
+        )
+        return None
+
+    def _end_round(self, fit: Fit, epoch: int) -> None:
+        """Note what is known of the round that ended with this epoch, and log it."""
+        trainer, index, value = fit.trainer, len(self.reports), self._value_of(fit, epoch)
         sizes = {name: fit.sparsity.size(name) for name in fit.sparsity.masks}
         report = RoundReport(
             self._rounds[index].level,
@@ -351,7 +380,7 @@ class TicketRewind(SparsityCallback):
         fit.restore()
         ended = (self._n_begun + 1) // self.epochs
         if len(self.reports) < ended == len(self._rounds):
-            self._end_round(fit)
+            self._end_round(fit, self._n_begun)
         elif ended < len(self._rounds):
             warnings.warn(f"{self.name}: training ended after {ended} of {len(self._rounds)} rounds", stacklevel=2)
         super().on_train_end(trainer, pl_module)
