@@ -30,6 +30,17 @@ def data(n: int = N_ROWS, batch_size: int = 16, shuffle: bool = False) -> DataLo
     return DataLoader(TensorDataset(x, y), batch_size=batch_size, shuffle=shuffle)
 
 
+def loaders() -> dict[str, Callable[[], DataLoader[Any]]]:
+    """Return loaders that shuffle, by what they draw from."""
+    x, y = data().dataset.tensors  # type: ignore[attr-defined]
+    files = TensorDataset(x, y)
+    return {
+        "torch's generator": lambda: DataLoader(files, batch_size=16, shuffle=True),
+        "its own": lambda: DataLoader(files, batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(4)),
+        "workers": lambda: DataLoader(files, batch_size=16, shuffle=True, num_workers=1),
+    }
+
+
 class Net(nn.Module):
     """Parts a, b, ... and a forward written in place."""
 

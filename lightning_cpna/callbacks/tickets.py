@@ -44,7 +44,8 @@ class TicketRewind(SparsityCallback):
 
     A round that went back is bit for bit the fit of the masked network from the same weights, optimizer state and random
     numbers, on one process with a loader that draws from torch's generator or from one of its own. A sampler that counts
-    epochs (``DistributedSampler``) is told that the first round's begin again. ``trainer.global_step`` and ``current_epoch``
+    epochs (``DistributedSampler``) is told that the first round's begin again. (Only after going on from a checkpoint that was
+    made between the last batch of a round and its validation are the next batches others.) ``trainer.global_step`` and ``current_epoch``
     go on rising, so give a learning rate scheduler the length of a round. ``EarlyStopping`` would end the whole fit.
 
     Args:
@@ -150,6 +151,7 @@ class TicketRewind(SparsityCallback):
         self._rng: list[dict[str, Any]] = []  # of each process
         self._snapshot: Snapshot | None = None
         self._aside: Snapshot | None = None  # the winning ticket, while controls train
+        self._is_rng_back = False  # whether the generators went back when this fit began
         self._fit_step = 0  # the step at which this fit, perhaps resumed, began
         self._value_before: Tensor | None = None  # what was logged when this epoch began
 
@@ -199,13 +201,17 @@ class TicketRewind(SparsityCallback):
         """Find the targets; note the random generators, before the first batches are drawn."""
         super().on_fit_start(trainer, pl_module)
         if not self._rng and self._rewind.sampler:
-            mine = rng_state(pl_module.device)
+            mine = rng_state(trainer.strategy.root_device)
             self._rng = [trainer.strategy.broadcast(mine, src=rank) for rank in range(trainer.world_size)]
         elif self._rewind.sampler and len(self._rng) != trainer.world_size:
             raise ValueError(
                 f"{self.name}: the fit began on {len(self._rng)} processes and goes on on {trainer.world_size}, so their "
                 "random generators cannot go back; allowed is the same number, or Rewind(sampler=False)"
             )
+        # The first batches of a resumed fit are drawn before an epoch starts: maybe those of a new round.
+        self._is_rng_back = self._rewind.sampler and self._restored and (self._n_begun + 1) % self.epochs == 0
+        if self._is_rng_back:
+            self._rewind_rng(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the rounds fit into the run; note what the network is, if it has not been trained yet."""
@@ -253,6 +259,11 @@ class TicketRewind(SparsityCallback):
             for sampler in _samplers(trainer):
                 if hasattr(sampler, "set_epoch"):
                     sampler.set_epoch(self._n_begun % self.epochs)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """See the base."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._is_rng_back = False
 
     def _logged(self, trainer: Trainer) -> Tensor | None:
         return None if self.monitor is None else trainer.callback_metrics.get(self.monitor)
@@ -302,11 +313,14 @@ class TicketRewind(SparsityCallback):
             self._aside = None
         redraw = self._generator if new.branch == "reinit" else None
         rewind_(module, self._snapshot, what, optimizers=optimizers, schedulers=schedulers, redraw=redraw)
-        if what.sampler:
-            set_rng_state(self._rng[fit.trainer.global_rank], fit.module.device)
-            for generator in _generators(fit.trainer):
-                generator.manual_seed(generator.initial_seed())
+        if what.sampler and not self._is_rng_back:
+            self._rewind_rng(fit.trainer)
         self._counts = _live(fit)
+
+    def _rewind_rng(self, trainer: Trainer) -> None:
+        set_rng_state(self._rng[trainer.global_rank], trainer.strategy.root_device)
+        for generator in _generators(trainer):
+            generator.manual_seed(generator.initial_seed())
 
     def _tighten(self, fit: Fit, level: int) -> None:
         schedule = Geometric(0, self.levels)
@@ -362,6 +376,7 @@ class TicketRewind(SparsityCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the fit with the last round."""
+        self._is_rng_back = False
         if self._n_begun + 1 >= self.n_epochs:
             trainer.should_stop = True
 

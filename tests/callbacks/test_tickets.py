@@ -9,7 +9,6 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_cpna import (
     Rewind,
@@ -17,7 +16,7 @@ from lightning_cpna import (
     TicketRewind,
     sparsity_of,
 )
-from tests.helpers import Classifier, Spy, checkpoint, data, trainer
+from tests.helpers import Classifier, Spy, checkpoint, data, loaders, trainer
 
 NAMES = ["net.0.weight", "net.4.weight"]
 TARGETS: dict[str, int | float] = {"net.0.weight": 20, "net.4.weight": 5}
@@ -93,16 +92,6 @@ class Starts(pl.Callback):
             self.weights.append({name: value.clone() for name, value in pl_module.state_dict().items()})
             masks = sparsity_of(pl_module).masks
             self.masks.append({name: masks[name].live.clone() for name in NAMES})
-
-
-def loaders() -> dict[str, Any]:
-    x, y = data().dataset.tensors  # type: ignore[attr-defined]
-    files = TensorDataset(x, y)
-    return {
-        "torch's generator": lambda: DataLoader(files, batch_size=16, shuffle=True),
-        "its own": lambda: DataLoader(files, batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(4)),
-        "workers": lambda: DataLoader(files, batch_size=16, shuffle=True, num_workers=1),
-    }
 
 
 @pytest.mark.parametrize("kind", ["torch's generator", "its own", "workers"])
