@@ -44,9 +44,11 @@ class TicketRewind(SparsityCallback):
 
     A round that went back is bit for bit the fit of the masked network from the same weights, optimizer state and random
     numbers, on one process with a loader that draws from torch's generator or from one of its own. A sampler that counts
-    epochs (``DistributedSampler``) is told that the first round's begin again. (Only after going on from a checkpoint that was
-    made between the last batch of a round and its validation are the next batches others.) ``trainer.global_step`` and ``current_epoch``
-    go on rising, so give a learning rate scheduler the length of a round. ``EarlyStopping`` would end the whole fit.
+    epochs (``DistributedSampler``) is told that the first round's begin again. Only after going on from a checkpoint that
+    was made between the last batch of a round and its validation do the next batches come in another order.
+
+    ``trainer.global_step`` and ``current_epoch`` go on rising, so give a learning rate scheduler the length of a round.
+    ``EarlyStopping`` would end the whole fit.
 
     Args:
         targets: From parameter name or glob (``"net.*.weight"``) to how much of it should remain after the last level: an int
