@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: env demo test test-slow benchmark results results-saliency results-asu format clean
+.PHONY: env demo test test-slow benchmark results results-saliency results-asu results-tickets format clean
 
 env: $(VENV)/installed
 
@@ -51,6 +51,15 @@ results-asu: env
 	for epsilon in 5 10 20; do $(BIN)/python -m examples.asu.million --epsilon $$epsilon --out runs/asu || exit 1; done
 	cp runs/asu/*.json runs/asu/*.png examples/asu/results/
 	$(BIN)/python -m examples.asu.tables examples/asu/results --readme README.md
+
+# What the README says of tickets and of retraining: three seeds on MNIST; ten of the 3-D and 4-D XOR, five of the 5-D.
+results-tickets: env
+	$(BIN)/python -m examples.tickets --experiments iterative rewinding one-shot objection transfer --seeds 3 --out runs/tickets
+	cp runs/tickets/*.json runs/tickets/*.png examples/tickets/results/
+	$(BIN)/python -m examples.tickets.figures examples/tickets/results --readme README.md
+	$(BIN)/python -m examples.xor.retrain --k 3 4 --seeds 10 --first-seed 3000 --out runs/retrain/34
+	$(BIN)/python -m examples.xor.retrain --k 5 --seeds 5 --first-seed 3000 --out runs/retrain/5
+	$(BIN)/python -m examples.xor.retrain --from-results runs/retrain/34 runs/retrain/5 --out examples/xor/results/retrain --readme README.md
 
 format: env
 	$(BIN)/ruff check --fix .

@@ -125,13 +125,15 @@ def main(arguments: list[str] | None = None) -> None:
         "--jobs", type=at_least(1), default=os.cpu_count(), help="parallel processes (default: the cores)"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/xor"), help="where everything is written")
-    parser.add_argument("--from-results", action="store_true", help="train nothing: draw what is in --out")
+    parser.add_argument(
+        "--from-results", nargs="+", type=Path, help="train nothing: gather the results of these folders"
+    )
     parser.add_argument("--readme", type=Path, help="a file with the marks of the table")
     args = parser.parse_args(arguments)
     console = Console()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.from_results:
-        rows = load(args.out, "retrain")
+        rows = [row for folder in args.from_results for row in load(folder, "retrain")]
     else:
         calls: list[Any] = [
             joblib.delayed(retrain)(k, method, args.first_seed + i, args.out / "tensorboard")
@@ -141,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
         ]
         runs = joblib.Parallel(n_jobs=args.jobs, return_as="generator")(calls)
         rows = [row for run in track(runs, "retraining", total=len(calls), console=console) for row in run]
-        console.print(f"results:      {save(rows, args.out, 'retrain')}")
+    console.print(f"results:      {save(rows, args.out, 'retrain')}")
     draw(rows, args.out / "retrain.png")
     print(table(rows))
     console.print(f"figure:       {args.out / 'retrain.png'}")
