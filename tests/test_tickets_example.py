@@ -17,7 +17,7 @@ from examples.readme import fill
 from examples.results import load
 from examples.tickets import experiments
 from examples.tickets.__main__ import main, parse
-from examples.tickets.experiments import EXPERIMENTS, KEPT
+from examples.tickets.experiments import EXPERIMENTS, weights
 from examples.tickets.figures import table
 from examples.xor import retrain
 from tests.helpers import tensorboard
@@ -54,13 +54,13 @@ def test_an_experiment_has_its_rounds_with_exact_counts(name: str, tiny: None) -
     rows = EXPERIMENTS[name](0, None, None, epochs=1, levels=2)
     assert [row["branch"] for row in rows] == ROUNDS[name]
     assert all(0 <= row["accuracy"] <= 100 for row in rows)
-    n = [784 * 300, 300 * 100, 100 * 10]
+    sizes = {name: size for name, size in zip(weights(1), (784 * 300, 300 * 100, 100 * 10), strict=True)}
+    ends = sum(round(part * sizes[name]) for name, part in weights(2).items())
+    if name != "objection":
+        assert rows[-1]["connections"] == ends
     if name == "iterative":
-        assert [row["connections"] for row in rows[3::3]] == [
-            sum(int(KEPT**level * size + 1e-6) for size in n) for level in (1, 2)
-        ]
-    if name in ("one-shot", "transfer"):
-        assert {row["connections"] for row in rows[1:]} == {sum(round(KEPT**2 * size) for size in n)}
+        middle = sum(int((sizes[name] * round(part * sizes[name])) ** 0.5) for name, part in weights(2).items())
+        assert [row["connections"] for row in rows[1:]] == [middle] * 3 + [ends] * 3
     if name == "objection":
         units = [row for row in rows if row["what"] == "units" and row["level"] == 2]
         assert {row["connections"] for row in units} == {784 * 147 + 147 * 49 + 49 * 10}
@@ -84,7 +84,7 @@ def test_the_command_line_writes_results_figures_and_a_board(tmp_path: Path, tin
     ask = tensorboard(tmp_path / "tensorboard")
     tags: Any = ask("scalars/tags")
     assert all("ticket/init/accuracy" in tags[run] for run in tags)
-    assert len(tags) == 8
+    assert len(tags) == 12
     file = tmp_path / "runs" / "one-shot_0.json"
     changed = json.loads(file.read_text())
     changed[0]["accuracy"] = 12.5

@@ -17,6 +17,7 @@ from lightning_cpna import TicketRewind, sparsity_of
 
 WIDTHS = (784, 300, 100, 10)
 HIDDEN = ("net.0.weight", "net.2.weight")  # whose units can be removed
+OUTPUT = "net.4.weight"
 BATCH_SIZE = 100  # chosen, so that an epoch of MNIST is 500 steps; Frankle and Carbin have 60
 
 

@@ -272,7 +272,7 @@ class TicketRewind(SparsityCallback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the metric if validation logged it: whoever goes on from a checkpoint of this moment does not know it."""
-        value = self._logged(trainer)
+        value = None if trainer.sanity_checking else self._logged(trainer)
         if value is not None and value is not self._value_before:
             self._value = (self._n_begun, float(value))
 
