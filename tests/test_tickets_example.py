@@ -54,7 +54,7 @@ def test_an_experiment_has_its_rounds_with_exact_counts(name: str, tiny: None) -
     rows = EXPERIMENTS[name](0, None, None, epochs=1, levels=2)
     assert [row["branch"] for row in rows] == ROUNDS[name]
     assert all(0 <= row["accuracy"] <= 100 for row in rows)
-    sizes = {name: size for name, size in zip(weights(1), (784 * 300, 300 * 100, 100 * 10), strict=True)}
+    sizes = dict(zip(weights(1), (784 * 300, 300 * 100, 100 * 10), strict=True))
     ends = sum(round(part * sizes[name]) for name, part in weights(2).items())
     if name != "objection":
         assert rows[-1]["connections"] == ends

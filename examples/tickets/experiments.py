@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 
 from examples.data import Split, Splits, mnist
 from examples.results import Row
-from examples.tickets.training import HIDDEN, Recipe, find
+from examples.tickets.training import HIDDEN, OUTPUT, Recipe, find
 from lightning_cpna import TicketRewind, sparsity_of
 
 EPOCHS = 5  # chosen: about as many examples as Frankle and Carbin's networks see until their validation loss is least
@@ -21,6 +21,11 @@ KEPT, KEPT_OF_OUTPUTS = 0.7, 0.85
 LEVELS = 12
 EVERY = 3  # chosen: experiments that train every density by itself take every third level
 RECIPES = (Recipe(), Recipe("SGD", 0.1))
+
+
+def weights(levels: float) -> dict[str, int | float]:
+    """Return what remains of each layer's weights after so many levels."""
+    return {**dict.fromkeys(HIDDEN, KEPT**levels), OUTPUT: KEPT_OF_OUTPUTS**levels}
 
 
 def iterative(
@@ -56,7 +61,7 @@ def one_shot(
     """Prune once, to some densities of the iterative experiment."""
     rows = []
     for level in range(EVERY, levels + 1, EVERY):
-        ticket = TicketRewind({WEIGHTS: KEPT**level}, epochs=epochs, controls=["reinit", "shuffle"], monitor="accuracy")
+        ticket = TicketRewind(weights(level), epochs=epochs, controls=["reinit", "shuffle"], monitor="accuracy")
         rows += find(ticket, mnist(seed, folder), seed, Recipe(), board, f"one-shot to {KEPT**level:.3f}")
     return rows
 
