@@ -54,7 +54,7 @@ results-asu: env
 
 # What the README says of tickets and of retraining: three seeds on MNIST; ten of the 3-D and 4-D XOR, five of the 5-D.
 results-tickets: env
-	$(BIN)/python -m examples.tickets --experiments iterative rewinding one-shot objection transfer --seeds 3 --out runs/tickets
+	$(BIN)/python -m examples.tickets --experiments iterative rewinding keeping one-shot objection transfer --seeds 3 --out runs/tickets
 	cp runs/tickets/*.json runs/tickets/*.png examples/tickets/results/
 	$(BIN)/python -m examples.tickets.figures examples/tickets/results --readme README.md
 	$(BIN)/python -m examples.xor.retrain --k 3 4 --seeds 10 --first-seed 3000 --out runs/retrain/34

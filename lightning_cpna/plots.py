@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from lightning_cpna.report import live_mask
@@ -171,9 +173,17 @@ def plot_tickets(reports: Sequence[RoundReport], metric: str | None) -> Figure:
     densities = [100 * report.density for report in reports if report.level > 0] or [100.0]
     axes.set(xscale="log", xlabel="connections that remain, %", ylabel=metric or "")
     axes.set_xlim(1.2 * max(densities), min(densities) / 1.2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.legend()
+    readable_log_axis(axes)
+    if axes.lines:
+        axes.legend()
     return figure
+
+
+def readable_log_axis(axes: Axes) -> None:
+    """Label a logarithmic horizontal axis with plain numbers."""
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def log_figure(loggers: Iterable[Any], tag: str, draw: Callable[[], Figure], step: int) -> None:

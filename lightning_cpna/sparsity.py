@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -74,6 +75,7 @@ class Sparsity:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)  # which may hold this object, as the values of a table of modules do
         self.targets: dict[str, Target] = {}
         self.masks = Masks()
         self.graph: Graph | None = None
@@ -86,6 +88,14 @@ class Sparsity:
         # The counts, and the mask and its version of which they are the counts.
         self._known: dict[tuple[str, Granularity], tuple[tuple[Mask, int], list[int]]] = {}
         self.find_targets(module)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module."""
+        module = self._module()
+        if module is None:
+            raise ReferenceError("the module of this Sparsity is gone; keep it as long as its masks are used")
+        return module
 
     def find_targets(self, module: nn.Module) -> None:
         """Look up the module's parameters (anew), and check that the masks are masks of this module.

@@ -23,7 +23,7 @@ from lightning_cpna.masks import Masks
 from lightning_cpna.moments import optimizer_of, replace_, zero_moments_
 from lightning_cpna.scores import Score
 from lightning_cpna.sparse import SparseLinear
-from lightning_cpna.sparsity import Budget, Sparsity, sparsity_of
+from lightning_cpna.sparsity import Budget, Sparsity
 from lightning_cpna.targets import ListedAxes, canonical_name
 
 Control = Literal["reinit", "shuffle"]
@@ -129,23 +129,24 @@ class Snapshot:
     schedulers: list[dict[str, Any]]
 
 
-def take_snapshot(module: nn.Module, optimizers: Iterable[Optimizer] = (), schedulers: Iterable[Any] = ()) -> Snapshot:
+def take_snapshot(sparsity: Sparsity, optimizers: Iterable[Optimizer] = (), schedulers: Iterable[Any] = ()) -> Snapshot:
     """Note what a network is now.
 
     Args:
-        module: The module, in its full shapes.
+        sparsity: The module, in its full shapes, and its masks.
         optimizers: Its optimizers.
         schedulers: Their learning rate schedulers.
 
     Example:
         >>> net = nn.Linear(3, 1)
-        >>> snapshot = take_snapshot(net)
+        >>> sparsity = Sparsity(net)
+        >>> snapshot = take_snapshot(sparsity)
         >>> _ = nn.init.zeros_(net.weight)
-        >>> rewind_(net, snapshot)
+        >>> rewind_(sparsity, snapshot)
         >>> bool(net.weight.all())
         True
     """
-    sparsity = sparsity_of(module)
+    module = sparsity.module
     sparsity.find_targets(module)
     layers = _sparse_layers(sparsity)
     return Snapshot(
@@ -160,7 +161,7 @@ def take_snapshot(module: nn.Module, optimizers: Iterable[Optimizer] = (), sched
 
 @torch.no_grad()
 def rewind_(
-    module: nn.Module,
+    sparsity: Sparsity,
     snapshot: Snapshot,
     what: Rewind | None = None,
     *,
@@ -173,20 +174,23 @@ def rewind_(
     Weights are then snapshot times mask. Connections that did not live when the snapshot was taken begin at zero.
 
     Args:
-        module: The module.
+        sparsity: The module and its masks.
         snapshot: What it was.
         what: What goes back; None: everything.
-        optimizers: Its optimizers, as many as there were; their states of connections that do not live are zero.
-        schedulers: Their learning rate schedulers, as many as there were.
+        optimizers: Its optimizers, all that the snapshot has, or none, which then stay as they are; their states of
+            connections that do not live are zero.
+        schedulers: Their learning rate schedulers, likewise.
         redraw: The weights are drawn anew (Frankle and Carbin's random reinitialisation): each parameter gets values of the
             snapshot's in random order, of those that lived. That is a fresh draw from whatever distribution it was
-            initialised with, as far as its entries were drawn independently. A CPU generator.
+            initialised with, as far as its entries were drawn independently. A CPU generator, seeded anew for each draw.
 
     Raises:
         ValueError: If the snapshot is one of another architecture, or of other optimizers or schedulers.
     """
+    if not isinstance(what, Rewind | None):
+        raise TypeError(f"what is {what!r}; allowed is a Rewind, or None")
     what = what or Rewind()
-    sparsity = sparsity_of(module)
+    module = sparsity.module
     sparsity.find_targets(module)
     if set(snapshot.weights) != set(sparsity.tensors):
         other = sorted(set(snapshot.weights) ^ set(sparsity.tensors))
@@ -229,26 +233,25 @@ def rewind_(
 
 
 @torch.no_grad()
-def restore_masks_(module: nn.Module, snapshot: Snapshot, optimizers: Iterable[Optimizer] = ()) -> None:
+def restore_masks_(sparsity: Sparsity, snapshot: Snapshot, optimizers: Iterable[Optimizer] = ()) -> None:
     """Put masks and patterns back to what they were; what moves in a ``SparseLinear`` is zero, with its moments.
 
     Args:
-        module: The module.
+        sparsity: The module and its masks.
         snapshot: What it was.
         optimizers: Its optimizers.
     """
-    sparsity = sparsity_of(module)
     optimizers = list(optimizers)
     for name, layer in _sparse_layers(sparsity).items():
         _move_(layer, snapshot.cells[name].to(layer.weight.device), optimizers)
     sparsity.masks.load_state_dict(snapshot.masks)
-    sparsity.find_targets(module)
+    sparsity.find_targets(sparsity.module)
     sparsity.masks.apply_(sparsity.tensors)
 
 
 @torch.no_grad()
 def shuffle_masks_(
-    module: nn.Module,
+    sparsity: Sparsity,
     snapshot: Snapshot,
     *,
     optimizers: Iterable[Optimizer] = (),
@@ -256,26 +259,29 @@ def shuffle_masks_(
 ) -> None:
     """Exchange the masks for random ones that leave every layer as many connections (and units, and features), in place.
 
+    What lives newly is zero until ``rewind_`` puts the weights back: call it after this.
+
     In a dense layer any connection may live then, in a ``SparseLinear`` those of the snapshot. Layers whose budgets
     (``sparsity.budgets``) count units or features lose random whole ones; where these have different numbers of connections,
     as in a ``SparseLinear``, fewer connections may be left.
 
     Args:
-        module: The module.
+        sparsity: The module and its masks.
         snapshot: What it was before anything was pruned.
         optimizers: Its optimizers.
         generator: A CPU generator.
 
     Example:
         >>> net = nn.Linear(10, 4)
-        >>> snapshot, sparsity = take_snapshot(net), sparsity_of(net)
+        >>> sparsity = Sparsity(net)
+        >>> snapshot = take_snapshot(sparsity)
         >>> sparsity.remove_("weight", net.weight.abs() < 0.2)
         >>> n = sparsity.masks["weight"].n_live
-        >>> shuffle_masks_(net, snapshot)
-        >>> sparsity.masks["weight"].n_live == n
+        >>> shuffle_masks_(sparsity, snapshot, generator=torch.Generator().manual_seed(0))
+        >>> rewind_(sparsity, snapshot)
+        >>> int(net.weight.count_nonzero()) == n
         True
     """
-    sparsity = sparsity_of(module)
     optimizers, generator = list(optimizers), generator or torch.Generator()
     counts = {name: mask.n_live for name, mask in sparsity.masks.items()}
     groups = {
@@ -285,7 +291,7 @@ def shuffle_masks_(
         for name in budget.names
     }
     remaining = [sparsity.n_remaining(budget) for budget in groups]
-    restore_masks_(module, snapshot, optimizers)
+    restore_masks_(sparsity, snapshot, optimizers)
     dense = {name: mask for name, mask in sparsity.masks.items() if not isinstance(mask, ListMask)}
     whole = Masks()
     for name in dense:

@@ -72,11 +72,11 @@ def test_everything_goes_back_bit_for_bit(kind: str, sparse: bool, device: str) 
     for at in (0, 5):
         train(net, optimizer, at, scheduler)
         noted = everything(net, optimizer, scheduler)
-        snapshot = take_snapshot(net, [optimizer], [scheduler])
+        snapshot = take_snapshot(sparsity_of(net), [optimizer], [scheduler])
         for _ in range(2):
             train(net, optimizer, 7, scheduler)
             assert not same(noted, everything(net, optimizer, scheduler))
-            rewind_(net, snapshot, optimizers=[optimizer], schedulers=[scheduler])
+            rewind_(sparsity_of(net), snapshot, optimizers=[optimizer], schedulers=[scheduler])
             assert same(noted, everything(net, optimizer, scheduler))
 
 
@@ -100,10 +100,10 @@ def test_each_part_stays_if_it_shall_and_only_that(part: str) -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)
     train(net, optimizer, 2, scheduler)
-    then, snapshot = everything(net, optimizer, scheduler), take_snapshot(net, [optimizer], [scheduler])
+    then, snapshot = everything(net, optimizer, scheduler), take_snapshot(sparsity_of(net), [optimizer], [scheduler])
     train(net, optimizer, 5, scheduler)
     trained = everything(net, optimizer, scheduler)
-    rewind_(net, snapshot, Rewind(**{part: False}), optimizers=[optimizer], schedulers=[scheduler])
+    rewind_(sparsity_of(net), snapshot, Rewind(**{part: False}), optimizers=[optimizer], schedulers=[scheduler])
     now = by_part(everything(net, optimizer, scheduler))
     for name in PARTS:
         assert same(now[name], by_part(trained if name == part else then)[name]), name
@@ -113,10 +113,10 @@ def test_kept_weights_and_buffers_stay_and_the_rest_goes_back() -> None:
     net = network()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)
-    then, snapshot = everything(net, optimizer, scheduler), take_snapshot(net, [optimizer], [scheduler])
+    then, snapshot = everything(net, optimizer, scheduler), take_snapshot(sparsity_of(net), [optimizer], [scheduler])
     train(net, optimizer, 5, scheduler)
     trained = everything(net, optimizer, scheduler)
-    rewind_(net, snapshot, Rewind("keep"), optimizers=[optimizer], schedulers=[scheduler])
+    rewind_(sparsity_of(net), snapshot, Rewind("keep"), optimizers=[optimizer], schedulers=[scheduler])
     now = by_part(everything(net, optimizer, scheduler))
     for name in PARTS:
         assert same(now[name], by_part(trained if name in ("weights", "buffers") else then)[name]), name
@@ -141,7 +141,7 @@ def test_weights_are_snapshot_times_mask_and_dead_ones_have_no_moments(sparse: b
         out.view(-1)[net[0].cells] = state
         return out
 
-    w, m, snapshot = weight(), moments(), take_snapshot(net, [optimizer])
+    w, m, snapshot = weight(), moments(), take_snapshot(sparsity_of(net), [optimizer])
     train(net, optimizer, 3)
     sparsity = sparsity_of(net)
     sparsity.add_mask("0.weight")
@@ -149,7 +149,7 @@ def test_weights_are_snapshot_times_mask_and_dead_ones_have_no_moments(sparse: b
     layer = net[0]
     live = layer.live if isinstance(layer, SparseLinear) else sparsity.masks["0.weight"].live
     assert int(live.sum()) == 9
-    rewind_(net, snapshot, optimizers=[optimizer])
+    rewind_(sparsity_of(net), snapshot, optimizers=[optimizer])
     assert torch.equal(weight(), w * live)
     assert torch.equal(moments(), m * live)
     train(net, optimizer, 2)
@@ -159,16 +159,16 @@ def test_weights_are_snapshot_times_mask_and_dead_ones_have_no_moments(sparse: b
 def test_a_connection_that_did_not_live_then_begins_at_zero() -> None:
     torch.manual_seed(0)
     net = SparseLinear(30, 20, 2)
-    snapshot, then = take_snapshot(net), net.to_dense().weight.detach().clone()
+    snapshot, then = take_snapshot(sparsity_of(net)), net.to_dense().weight.detach().clone()
     cells = torch.arange(0, 600, 7)
     net.set_cells_(cells)
-    rewind_(net, snapshot)
+    rewind_(sparsity_of(net), snapshot)
     expected = torch.zeros(600)
     expected[cells] = then.flatten()[cells]
     assert torch.equal(net.to_dense().weight.flatten(), expected)
     assert 0 < int((expected != 0).sum()) < len(cells)
-    restore_masks_(net, snapshot)
-    rewind_(net, snapshot)
+    restore_masks_(sparsity_of(net), snapshot)
+    rewind_(sparsity_of(net), snapshot)
     assert torch.equal(net.to_dense().weight, then)
 
 
@@ -176,14 +176,14 @@ def test_fresh_weights_are_those_of_the_snapshot_in_another_order() -> None:
     torch.manual_seed(0)
     net = network()
     nn.init.constant_(net.get_parameter("0.bias"), 0.5)
-    snapshot = take_snapshot(net)
-    rewind_(net, snapshot, redraw=torch.Generator().manual_seed(1))
+    snapshot = take_snapshot(sparsity_of(net))
+    rewind_(sparsity_of(net), snapshot, redraw=torch.Generator().manual_seed(1))
     assert not torch.equal(net.get_parameter("0.weight"), snapshot.weights["0.weight"])
     for name, parameter in net.named_parameters():
         assert torch.equal(parameter.flatten().sort().values, snapshot.weights[name].flatten().sort().values)
     assert torch.equal(net.get_parameter("0.bias"), torch.full((12,), 0.5))
     once = copy.deepcopy(net.state_dict())
-    rewind_(net, snapshot, redraw=torch.Generator().manual_seed(1))
+    rewind_(sparsity_of(net), snapshot, redraw=torch.Generator().manual_seed(1))
     assert same(once, net.state_dict())
 
 
@@ -194,10 +194,10 @@ def test_under_a_mask_fresh_weights_come_from_those_that_lived(sparse: bool) -> 
     sparsity = sparsity_of(net)
     if not sparse:
         sparsity.remove_("0.weight", torch.rand(12, 6) < 0.5)
-    n_then, snapshot = int((sparsity.tensors["0.weight"] != 0).sum()), take_snapshot(net)
+    n_then, snapshot = int((sparsity.tensors["0.weight"] != 0).sum()), take_snapshot(sparsity_of(net))
     sparsity.add_mask("0.weight")
     sparsity.prune_(Budget("0.weight", ("0.weight",), "connection", 10), 10, Score("random"))
-    rewind_(net, snapshot, redraw=torch.Generator().manual_seed(2))
+    rewind_(sparsity_of(net), snapshot, redraw=torch.Generator().manual_seed(2))
     now = sparsity.tensors["0.weight"].detach()
     found = now[now != 0]
     assert len(found) == 10 < n_then
@@ -208,11 +208,11 @@ def test_under_a_mask_fresh_weights_come_from_those_that_lived(sparse: bool) -> 
 def test_shuffled_masks_have_the_same_counts_and_are_uniform() -> None:
     counts, rounds = torch.zeros(24), 400
     net, generator = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)), torch.Generator().manual_seed(0)
-    snapshot, sparsity = take_snapshot(net), sparsity_of(net)
+    snapshot, sparsity = take_snapshot(sparsity_of(net)), sparsity_of(net)
     sparsity.remove_("0.weight", torch.arange(24).view(4, 6) > 8)
     sparsity.remove_("2.weight", torch.arange(8).view(2, 4) > 2)
     for _ in range(rounds):
-        shuffle_masks_(net, snapshot, generator=generator)
+        shuffle_masks_(sparsity_of(net), snapshot, generator=generator)
         assert [mask.n_live for mask in sparsity.masks.values()] == [9, 3]
         counts += sparsity.masks["0.weight"].live.flatten()
     assert p_of_uniform(counts, 9, rounds) > 1e-3
@@ -222,13 +222,13 @@ def test_shuffled_units_are_whole_and_as_many() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 1))
     sparsity, seen = sparsity_of(net), set()
-    snapshot, sparsity.graph = take_snapshot(net), trace(net, torch.randn(8, 6))
+    snapshot, sparsity.graph = take_snapshot(sparsity_of(net)), trace(net, torch.randn(8, 6))
     budgets = sparsity.add_budgets(net, {"0.weight": 4, "2.weight": 3}, "unit")
     for budget, n in zip(budgets, (4, 3), strict=True):
         sparsity.prune_(budget, n, Score("magnitude"))
     before = {name: mask.n_live for name, mask in sparsity.masks.items()}
     for seed in range(5):
-        shuffle_masks_(net, snapshot, generator=torch.Generator().manual_seed(seed))
+        shuffle_masks_(sparsity_of(net), snapshot, generator=torch.Generator().manual_seed(seed))
         assert {name: mask.n_live for name, mask in sparsity.masks.items()} == before
         first, second, last = (sparsity.masks[f"{i}.weight"].live for i in (0, 2, 4))
         assert first.all(1).sum() == first.any(1).sum() == 4
@@ -242,11 +242,11 @@ def test_shuffled_units_are_whole_and_as_many() -> None:
 def test_a_sparse_layer_is_shuffled_among_the_connections_of_the_snapshot() -> None:
     torch.manual_seed(0)
     net = SparseLinear(30, 20, 2)
-    snapshot, sparsity, then = take_snapshot(net), sparsity_of(net), net.live
+    snapshot, sparsity, then = take_snapshot(sparsity_of(net)), sparsity_of(net), net.live
     sparsity.add_mask("weight")
     sparsity.prune_(Budget("weight", ("weight",), "connection", 40), 40, Score("magnitude"))
     found = net.live
-    shuffle_masks_(net, snapshot, generator=torch.Generator().manual_seed(0))
+    shuffle_masks_(sparsity_of(net), snapshot, generator=torch.Generator().manual_seed(0))
     assert int(net.live.sum()) == len(net.weight) == 40
     assert bool((net.live <= then).all())
     assert not torch.equal(net.live, found)
@@ -257,7 +257,7 @@ def test_a_snapshot_is_tensors_and_primitives_on_the_cpu() -> None:
     optimizer = torch.optim.Adam(net.parameters())
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     train(net, optimizer, 2, scheduler)
-    snapshot = take_snapshot(net, [optimizer], [scheduler])
+    snapshot = take_snapshot(sparsity_of(net), [optimizer], [scheduler])
     file = io.BytesIO()
     torch.save(vars(snapshot), file)
     file.seek(0)
@@ -265,20 +265,23 @@ def test_a_snapshot_is_tensors_and_primitives_on_the_cpu() -> None:
     assert same(vars(snapshot), vars(loaded))
     noted = everything(net, optimizer, scheduler)
     train(net, optimizer, 2, scheduler)
-    rewind_(net, loaded, optimizers=[optimizer], schedulers=[scheduler])
+    rewind_(sparsity_of(net), loaded, optimizers=[optimizer], schedulers=[scheduler])
     assert same(noted, everything(net, optimizer, scheduler))
 
 
 def test_what_is_not_its_own_is_refused_and_nothing_is_changed() -> None:
     net, other = network(), nn.Sequential(nn.Linear(6, 12))
+    narrow = nn.Sequential(nn.Linear(6, 11), nn.BatchNorm1d(11), nn.ReLU(), nn.Linear(11, 1))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(ValueError, match=r"same parameters, see '1\.bias'.*another network"):
-        rewind_(net, take_snapshot(other))
+        rewind_(sparsity_of(net), take_snapshot(sparsity_of(other)))
     with pytest.raises(ValueError, match=r"optimizers and schedulers are 1 and 0; allowed are .* 0 and 0"):
-        rewind_(net, take_snapshot(net), optimizers=[optimizer])
+        rewind_(sparsity_of(net), take_snapshot(sparsity_of(net)), optimizers=[optimizer])
     with pytest.raises(ValueError, match=r"'0\.weight' has shape \(12, 6\).*\(11, 6\)"):
-        rewind_(net, take_snapshot(nn.Sequential(nn.Linear(6, 11), nn.BatchNorm1d(11), nn.ReLU(), nn.Linear(11, 1))))
+        rewind_(sparsity_of(net), take_snapshot(sparsity_of(narrow)))
+    with pytest.raises(TypeError, match="what is 'init'; allowed is a Rewind, or None"):
+        rewind_(sparsity_of(net), take_snapshot(sparsity_of(net)), "init")  # type: ignore[arg-type]
     assert same(before, net.state_dict())
 
 

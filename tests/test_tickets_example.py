@@ -42,7 +42,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 ROUNDS = {
     "iterative": ["dense", *["reinit", "shuffle", "init"] * 2],
-    "rewinding": ["dense", *["step 2"] * 2, "dense", *["keep"] * 2],
+    "rewinding": ["dense", *["step 2"] * 2],
+    "keeping": ["dense", *["keep"] * 2],
     "one-shot": ["dense", "reinit", "shuffle", "init"],
     "objection": ["dense", *["reinit", "init"] * 2] * 4,
     "transfer": ["dense", "reinit", "shuffle", "init"],

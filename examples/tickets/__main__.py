@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import track
 
 from examples.arguments import at_least
-from examples.results import save
+from examples.results import load, save
 from examples.tickets.experiments import EPOCHS, EXPERIMENTS
-from examples.tickets.figures import draw
+from examples.tickets.figures import draw, table
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -30,7 +30,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--jobs", type=at_least(1), default=os.cpu_count(), help="parallel processes (default: the cores)"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/tickets"), help="where everything is written")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/tickets"), help="where everything is written (runs/tickets)"
+    )
     return parser.parse_args(arguments)
 
 
@@ -53,6 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name in args.experiments:
         rows = [row for seed in seeds for row in json.loads(wanted[name, seed].read_text())]
         console.print(f"results:  {save(rows, args.out, name)}")
+    found = {path.stem: load(args.out, path.stem) for path in sorted(args.out.glob("*.json"))}
+    print(table(found))
     for figure in draw(args.out, args.out):
         console.print(f"figure:   {figure}")
     console.print(f"TensorBoard: tensorboard --logdir {args.out / 'tensorboard'}")

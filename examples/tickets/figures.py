@@ -12,13 +12,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from examples.readme import fill
 from examples.results import Row, load, mean_and_spread
 
-COLOURS = {"init": "C0", "step 500": "C2", "keep": "C4", "reinit": "C3", "shuffle": "C1", "dense": "black"}
+COLOURS = {"init": "C0", "step 100": "C2", "keep": "C4", "reinit": "C3", "shuffle": "C1", "dense": "black"}
 LABELS = {
-    "init": "winning ticket", "step 500": "rewound to step 500",
+    "init": "winning ticket", "step 100": "rewound to step 100",
     "keep": "weights kept", "reinit": "fresh weights", "shuffle": "random mask", "dense": "dense",
 }  # fmt: skip
 
@@ -42,26 +43,30 @@ def lines(axes: Axes, rows: Iterable[Row], style: str = "-", suffix: str = "") -
             label=LABELS[branch] + suffix,
         )
     axes.set(xscale="log", xlabel="weights that remain, %", ylabel="test accuracy, %")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
 
 
 def draw_levels(results: dict[str, list[Row]]) -> Any:
     """Draw tickets from init, from step k and with their weights kept, iterative and one-shot, beside the controls."""
-    figure, panels = plt.subplots(1, 2, figsize=(13, 4.8), sharey=True, layout="constrained")
-    for axes, parts, title in zip(
-        panels,
-        (("iterative", "rewinding"), ("one-shot",)),
-        ("a little after every round", "all at once"),
-        strict=True,
-    ):
-        for name in parts:
-            rows = results.get(name, [])
-            lines(axes, rows if name != "rewinding" else [row for row in rows if row["branch"] != "dense"])
+    parts = [
+        (title, [row for name in names for row in results.get(name, []) if name == first or row["branch"] != "dense"])
+        for title, first, names in (
+            ("a little after every round", "iterative", ("iterative", "rewinding", "keeping")),
+            ("all at once", "one-shot", ("one-shot",)),
+        )
+        if first in results
+    ]
+    figure, panels = plt.subplots(
+        1, len(parts), figsize=(6.5 * len(parts), 4.8), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, (title, rows) in zip(panels[0], parts, strict=True):
+        lines(axes, rows)
         axes.set(title=f"pruned {title}")
         axes.invert_xaxis()
-        if axes.lines:
-            axes.legend(fontsize=8)
+        axes.legend(fontsize=8)
     return figure
 
 
@@ -90,7 +95,7 @@ def draw_transfer(results: dict[str, list[Row]]) -> Any:
 
 
 FIGURES = {
-    "tickets": (draw_levels, ("iterative", "rewinding", "one-shot")),
+    "tickets": (draw_levels, ("iterative", "one-shot")),
     "objection": (draw_objection, ("objection",)),
     "transfer": (draw_transfer, ("transfer",)),
 }
@@ -99,11 +104,11 @@ FIGURES = {
 def table(results: dict[str, list[Row]]) -> str:
     """Return what the figures show at some densities, in Markdown: mean and standard deviation over seeds."""
     lines = [
-        "| weights that remain | pruned | winning ticket | rewound to step 500 | weights kept | fresh weights | random mask |"
+        "| weights that remain | pruned | winning ticket | rewound to step 100 | weights kept | fresh weights | random mask |"
     ]
     lines.append("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
-    branches = ("init", "step 500", "keep", "reinit", "shuffle")
-    for pruned, names in (("iteratively", ("iterative", "rewinding")), ("at once", ("one-shot",))):
+    branches = ("init", "step 100", "keep", "reinit", "shuffle")
+    for pruned, names in (("iteratively", ("iterative", "rewinding", "keeping")), ("at once", ("one-shot",))):
         rows = [row for name in names for row in results.get(name, [])]
         found = mean_and_spread(rows, ("branch", "level", "density"), "accuracy")
         if pruned == "iteratively" and found:

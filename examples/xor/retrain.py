@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--jobs", type=at_least(1), default=os.cpu_count(), help="parallel processes (default: the cores)"
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/xor"), help="where everything is written")
+    parser.add_argument("--out", type=Path, default=Path("runs/xor"), help="where everything is written (runs/xor)")
     parser.add_argument(
         "--from-results", nargs="+", type=Path, help="train nothing: gather the results of these folders"
     )

@@ -21,6 +21,7 @@ from lightning_cpna.rng import rng_state, set_rng_state
 from lightning_cpna.schedules import Geometric
 from lightning_cpna.scores import Granularity, Score
 from lightning_cpna.sparsity import Budget, Scope, Sparsity
+from lightning_cpna.targets import resolve
 from lightning_cpna.tickets import (
     Control,
     Rewind,
@@ -72,8 +73,9 @@ class TicketRewind(SparsityCallback):
         ValueError: If an argument is out of range (here, or when training starts and the module is known).
 
     Logged: ``{name}/connections``, ``{name}/density``, ``{name}/at_target`` (1 while the last winning ticket trains),
-    ``{name}/level``, for each target ``connections``, ``density``, ``live_units``, ``live_features``; at the end of each
-    round ``{name}/{branch}/{monitor}`` and ``{name}/{branch}/connections``, and a picture of the metric against what remains.
+    ``{name}/level``, ``{name}/round`` (from 0), for each target ``connections``, ``density``, ``live_units``,
+    ``live_features``; at the end of each round ``{name}/{branch}/{monitor}`` and ``{name}/{branch}/connections``, and a
+    picture of the metric against what remains.
 
     Reference:
         Frankle, Carbin: The lottery ticket hypothesis (2019); Frankle, Dziugaite, Roy, Carbin: Linear mode connectivity and
@@ -105,12 +107,18 @@ class TicketRewind(SparsityCallback):
         for argument, value in (("epochs", epochs), ("levels", levels)):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{argument} is {value!r}; allowed is an int >= 1")
-        if isinstance(controls, str) or len(set(controls)) < len(controls):
+        if not isinstance(controls, list | tuple) or len(set(controls)) < len(controls):
             raise ValueError(f"controls is {controls!r}; allowed is a list of 'reinit' and 'shuffle', each once")
         for control in controls:
             check_choice("controls", control, ("reinit", "shuffle"))
         check_choice("granularity", granularity, ("connection", "feature", "unit"))
         check_choice("scope", scope, ("layer", "shared"))
+        if not isinstance(monitor, str | None):
+            raise ValueError(f"monitor is {monitor!r}; allowed is the name of a metric that is logged, or None")
+        if targets is None and controls and levels > 1:
+            raise ValueError(
+                f"levels is {levels}; allowed without targets, but with controls, is 1: after the first round nothing goes"
+            )
         self._rewind = rewind_to if isinstance(rewind_to, Rewind) else Rewind(rewind_to)
         if "reinit" in controls and isinstance(self._rewind.to, int):
             raise ValueError(
@@ -140,6 +148,17 @@ class TicketRewind(SparsityCallback):
     def _keeps_graph(self) -> bool:  # type: ignore[override]
         return self.granularity == "unit"
 
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        """What a resumed fit must not change."""
+        return {
+            "targets": None if self.targets is None else dict(self.targets),
+            "epochs": self.epochs,
+            "levels": self.levels,
+            "rewind_to": self._rewind.to,
+            "controls": list(self.controls),
+        }
+
     # State
 
     def _begin(self) -> None:
@@ -148,7 +167,6 @@ class TicketRewind(SparsityCallback):
         self._n_begun = 0  # epochs that began after the first
         self._round_step = 0  # the step at which the round began
         self._n_start = dict[str, int]()
-        self._counts = dict[str, int]()  # what lived when a control began
         self._value: tuple[int, float] | None = None  # what validation said last, and in which epoch
         self._rng: list[dict[str, Any]] = []  # of each process
         self._snapshot: Snapshot | None = None
@@ -161,11 +179,11 @@ class TicketRewind(SparsityCallback):
         """Return the state: which round it is, what is known of those that ended, and the snapshots."""
         return {
             **super().state_dict(),
+            "arguments": self._arguments,
             "reports": [asdict(report) for report in self.reports],
             "n_begun": self._n_begun,
             "round_step": self._round_step,
             "n_start": dict(self._n_start),
-            "counts": dict(self._counts),
             "value": self._value,
             "rng": list(self._rng),
             "generator": self._generator.get_state(),
@@ -175,12 +193,17 @@ class TicketRewind(SparsityCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state from a checkpoint."""
+        for name, value in self._arguments.items():
+            if state_dict["arguments"][name] != value:
+                raise ValueError(
+                    f"{self.name}: {name} is {value!r}; allowed is what it was when the checkpoint was made, "
+                    f"{state_dict['arguments'][name]!r}"
+                )
         super().load_state_dict(state_dict)
         self.reports = tuple(RoundReport(**report) for report in state_dict["reports"])
         self._n_begun = state_dict["n_begun"]
         self._round_step = state_dict["round_step"]
         self._n_start = dict(state_dict["n_start"])
-        self._counts = dict(state_dict["counts"])
         self._value = state_dict["value"]
         self._rng = list(state_dict["rng"])
         self._generator.set_state(state_dict["generator"])
@@ -193,6 +216,12 @@ class TicketRewind(SparsityCallback):
     def _find_budgets(self, sparsity: Sparsity, pl_module: LightningModule) -> list[Budget]:
         if self.targets is None:
             return []
+        for target in (target for group in resolve(pl_module, self.targets).values() for target in group):
+            if target.axes.input is None:
+                raise ValueError(
+                    f"targets: {target.name!r} is no weight of a layer, but a bias or the scale of a normalisation; allowed "
+                    "are names and globs of layers' weights"
+                )
         return sparsity.add_budgets(pl_module, self.targets, self.granularity, self.scope)
 
     def _plan(self, fit: Fit) -> None:
@@ -202,6 +231,10 @@ class TicketRewind(SparsityCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the targets; note the random generators, before the first batches are drawn."""
         super().on_fit_start(trainer, pl_module)
+        if others := [other.name for other in ours(trainer) if isinstance(other, TicketRewind) and other is not self]:
+            raise ValueError(
+                f"{self.name}: {others[0]!r} rewinds this network, too; allowed is one TicketRewind in a Trainer"
+            )
         if not self._rng and self._rewind.sampler:
             mine = rng_state(trainer.strategy.root_device)
             self._rng = [trainer.strategy.broadcast(mine, src=rank) for rank in range(trainer.world_size)]
@@ -220,6 +253,9 @@ class TicketRewind(SparsityCallback):
         super().on_train_start(trainer, pl_module)
         fit = self._running()
         self._fit_step = self._step
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(other, "wait_count"):
+                warnings.warn(f"{self.name}: {type(other).__name__} would end the whole fit, not a round", stacklevel=2)
         if why := averaging(trainer):
             raise ValueError(f"{self.name}: {why}, which would not go back; allowed is a fit without it")
         if self.controls and any(other._turn == 1 for other in ours(trainer)):
@@ -249,7 +285,7 @@ class TicketRewind(SparsityCallback):
 
     def _take_snapshot(self, fit: Fit) -> None:
         with in_full_shapes(fit.trainer):
-            self._snapshot = take_snapshot(fit.module, fit.optimizers, _schedulers(fit.trainer))
+            self._snapshot = take_snapshot(fit.sparsity, fit.optimizers, _schedulers(fit.trainer))
 
     # While training
 
@@ -275,6 +311,11 @@ class TicketRewind(SparsityCallback):
         value = None if trainer.sanity_checking else self._logged(trainer)
         if value is not None and value is not self._value_before:
             self._value = (self._n_begun, float(value))
+        if not trainer.sanity_checking and trainer.is_last_batch and (self.monitor is None or self._has_value()):
+            self._note_round(self._running())
+
+    def _has_value(self) -> bool:
+        return self._value is not None and self._value[0] == self._n_begun
 
     def _after_step(self, fit: Fit) -> None:
         step = self._rewind.to
@@ -282,42 +323,43 @@ class TicketRewind(SparsityCallback):
             self._take_snapshot(fit)
 
     def _between_epochs(self, fit: Fit) -> None:
+        if self._n_begun == 0 and self.monitor is not None and fit.trainer.check_val_every_n_epoch == 1:
+            self._value_of(fit)
+        self._note_round(fit)
         self._n_begun += 1
         n_rounds, epoch = divmod(self._n_begun, self.epochs)
-        if epoch == 0 and n_rounds <= len(self._rounds):
-            self._end_round(fit, self._n_begun - 1)
-            if n_rounds < len(self._rounds):
-                with in_full_shapes(fit.trainer):
-                    self._begin_round(fit, self._rounds[n_rounds - 1], self._rounds[n_rounds])
+        if epoch == 0 and n_rounds < len(self._rounds):
+            with in_full_shapes(fit.trainer):
+                self._begin_round(fit, self._rounds[n_rounds - 1], self._rounds[n_rounds])
 
     def _begin_round(self, fit: Fit, last: Round, new: Round) -> None:
-        module, optimizers, schedulers = fit.module, fit.optimizers, _schedulers(fit.trainer)
+        optimizers, schedulers = fit.optimizers, _schedulers(fit.trainer)
         if self._snapshot is None:
             raise ValueError(f"rewind_to is {self._rewind.to}; allowed is a step of the first round, 1 to {self._step}")
-        if last.branch in self.controls and _live(fit) != self._counts:
-            raise ValueError(
-                f"{self.name}: connections were pruned while the control {last.branch!r} trained; allowed with controls are "
-                "other callbacks whose schedules end in the first round"
-            )
+        for other in ours(fit.trainer) if self.controls else ():
+            if other is not self and not other._at_target(other._running()):
+                raise ValueError(
+                    f"{self.name}: the first round ended with step {self._step}, but {other.name!r} goes on pruning; allowed "
+                    "with controls are schedules that end before, in steps or as fractions of the whole fit"
+                )
         if self._aside is not None:
-            restore_masks_(module, self._aside, optimizers)
+            restore_masks_(fit.sparsity, self._aside, optimizers)
         if last.level < new.level:
             self._tighten(fit, new.level)
             if new.branch in self.controls:
-                self._aside = take_snapshot(module, optimizers, schedulers)
+                self._aside = take_snapshot(fit.sparsity, optimizers, schedulers)
         if new.branch == "shuffle":
-            shuffle_masks_(module, self._snapshot, optimizers=optimizers, generator=self._generator)
+            shuffle_masks_(fit.sparsity, self._snapshot, optimizers=optimizers, generator=self._generator)
         what = self._rewind
         if new.branch in self.controls:
             what = replace(what, to="init", weights=True, buffers=True)
         elif self._aside is not None:
-            rewind_(module, self._aside, optimizers=optimizers, schedulers=schedulers)
+            rewind_(fit.sparsity, self._aside, optimizers=optimizers, schedulers=schedulers)
             self._aside = None
         redraw = self._generator if new.branch == "reinit" else None
-        rewind_(module, self._snapshot, what, optimizers=optimizers, schedulers=schedulers, redraw=redraw)
+        rewind_(fit.sparsity, self._snapshot, what, optimizers=optimizers, schedulers=schedulers, redraw=redraw)
         if what.sampler and not self._is_rng_back:
             self._rewind_rng(fit.trainer)
-        self._counts = _live(fit)
 
     def _rewind_rng(self, trainer: Trainer) -> None:
         set_rng_state(self._rng[trainer.global_rank], trainer.strategy.root_device)
@@ -333,14 +375,14 @@ class TicketRewind(SparsityCallback):
                     budget, n, Score("magnitude"), optimizers=fit.optimizers, agree=partial(agree, fit.trainer)
                 )
 
-    def _value_of(self, fit: Fit, epoch: int) -> float | None:
-        """Return the metric at the end of an epoch."""
+    def _value_of(self, fit: Fit) -> float | None:
+        """Return the metric at the end of the epoch that began last."""
         if self.monitor is None:
             return None
+        if self._value is not None and self._has_value():
+            return self._value[1]
         if (logged := self._logged(fit.trainer)) is not None:
             return float(logged)
-        if self._value is not None and self._value[0] == epoch:
-            return self._value[1]
         if self._step > self._fit_step:
             raise ValueError(
                 f"monitor is {self.monitor!r}, which was not logged; allowed is one of "
@@ -353,9 +395,12 @@ class TicketRewind(SparsityCallback):
         )
         return None
 
-    def _end_round(self, fit: Fit, epoch: int) -> None:
-        """Note what is known of the round that ended with this epoch, and log it."""
-        trainer, index, value = fit.trainer, len(self.reports), self._value_of(fit, epoch)
+    def _note_round(self, fit: Fit) -> None:
+        """Note what is known of the round that ends with this epoch, if one does, and log it, once."""
+        n_rounds, epoch = divmod(self._n_begun + 1, self.epochs)
+        if epoch or n_rounds > len(self._rounds) or len(self.reports) >= n_rounds:
+            return
+        trainer, index, value = fit.trainer, len(self.reports), self._value_of(fit)
         sizes = {name: fit.sparsity.size(name) for name in fit.sparsity.masks}
         report = RoundReport(
             self._rounds[index].level,
@@ -389,17 +434,21 @@ class TicketRewind(SparsityCallback):
         return self._round() is self._rounds[-1] and super()._at_target(fit)
 
     def _values(self, fit: Fit) -> dict[str, float]:
-        return {**self._layer_values(fit), "level": self._round().level}
+        now = self._round()
+        return {**self._layer_values(fit), "level": now.level, "round": self._rounds.index(now)}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the last round, or say that the fit ended before it did."""
         fit = self._running()
         fit.restore()
-        ended = (self._n_begun + 1) // self.epochs
-        if len(self.reports) < ended == len(self._rounds):
-            self._end_round(fit, self._n_begun)
-        elif ended < len(self._rounds):
-            warnings.warn(f"{self.name}: training ended after {ended} of {len(self._rounds)} rounds", stacklevel=2)
+        self._note_round(fit)
+        if len(self.reports) < len(self._rounds):
+            now = self._round()
+            warnings.warn(
+                f"{self.name}: training ended after {len(self.reports)} of {len(self._rounds)} rounds, with the network of "
+                f"branch {now.branch!r} at level {now.level}",
+                stacklevel=2,
+            )
         super().on_train_end(trainer, pl_module)
 
 

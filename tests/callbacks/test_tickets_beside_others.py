@@ -304,6 +304,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rewind_to": ({"rewind_to": "start"}, "rewind_to is 'start'; allowed is 'init', 'keep', or an optimizer step"),
     "control": ({"controls": ["retrain"]}, "controls is 'retrain'; allowed is one of 'reinit', 'shuffle'"),
     "a string": ({"controls": "reinit"}, "controls is 'reinit'; allowed is a list"),
+    "no list": ({"controls": True}, "controls is True; allowed is a list"),
+    "monitor": ({"monitor": 3}, "monitor is 3; allowed is the name of a metric"),
+    "the same again": ({"targets": None, "levels": 2, "controls": ["reinit"]}, "levels is 2; allowed without targets"),
     "twice": (
         {"controls": ["reinit", "reinit"]},
         "controls is .*; allowed is a list of 'reinit' and 'shuffle', each once",
@@ -324,10 +327,6 @@ def test_what_is_wrong_is_refused_at_once(what: str) -> None:
         TicketRewind(**{"targets": {HIDDEN: 20}, "epochs": 2, **options})
 
 
-class Unlogged(Classifier):
-    pass
-
-
 REFUSED_IN_A_FIT: dict[str, tuple[list[Any], str]] = {
     "nothing is pruned": ([TicketRewind(epochs=1)], "targets is None, but nothing is or will be pruned"),
     "a late step": (
@@ -342,9 +341,17 @@ REFUSED_IN_A_FIT: dict[str, tuple[list[Any], str]] = {
         [SETRewiring([HIDDEN], epsilon=2), TicketRewind(epochs=1, controls=["reinit"])],
         r"controls is \['reinit'\], but another callback goes on exchanging connections",
     ),
-    "pruned in a control": (
+    "pruned after the first round": (
         [CPNAPruning({HIDDEN: 5}, schedule=OneShot(6)), TicketRewind(epochs=1, controls=["reinit"])],
-        "connections were pruned while the control 'reinit' trained",
+        "the first round ended with step 4, but 'cpna' goes on pruning; allowed with controls are schedules that end before",
+    ),
+    "two": (
+        [TicketRewind({HIDDEN: 20}, epochs=1), TicketRewind({LAST: 5}, epochs=1, name="other")],
+        "'other' rewinds this network, too; allowed is one TicketRewind in a Trainer",
+    ),
+    "a bias": (
+        [TicketRewind({"net.0.*": 0.5}, epochs=1)],
+        r"'net\.0\.bias' is no weight of a layer, but a bias or the scale of a normalisation",
     ),
     "averaged": (
         [TicketRewind({HIDDEN: 20}, epochs=1), pl.callbacks.StochasticWeightAveraging(1e-2)],
@@ -369,7 +376,42 @@ def test_a_run_that_is_too_short_says_so_before_and_after() -> None:
         trainer(TicketRewind({HIDDEN: 20}, epochs=2, levels=2), epochs=4).fit(Classifier(), data())
     messages = [str(warning.message) for warning in caught]
     assert any("3 rounds of 2 epochs need 6 epochs, but max_epochs is 4" in message for message in messages)
-    assert any("training ended after 2 of 3 rounds" in message for message in messages)
+    assert any(
+        "ended after 2 of 3 rounds, with the network of branch 'init' at level 1" in message for message in messages
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="ticket:.*")
         trainer(TicketRewind({HIDDEN: 20}, epochs=2, levels=2), epochs=6).fit(Classifier(), data())
+
+
+class Lost(pl.callbacks.EarlyStopping):
+    pass
+
+
+def test_early_stopping_is_warned_of() -> None:
+    stop = Lost("ticket/connections", mode="min", patience=100)
+    with pytest.warns(UserWarning, match="ticket: Lost would end the whole fit, not a round"):
+        trainer(TicketRewind({HIDDEN: 20}, epochs=1), stop, epochs=2).fit(Classifier(), data())
+
+
+@pytest.mark.parametrize(
+    "changed", [{"epochs": 3}, {"levels": 2}, {"controls": []}, {"rewind_to": 2}, {"targets": {HIDDEN: 9}}]
+)
+def test_a_fit_is_not_resumed_with_other_arguments(tmp_path: Path, changed: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"targets": {HIDDEN: 20}, "epochs": 1, "controls": ["shuffle"]}
+    files = checkpoint(tmp_path, every_n_epochs=1)
+    trainer(TicketRewind(**arguments), files, epochs=3, enable_checkpointing=True).fit(Classifier(), data())
+    [name] = changed
+    with pytest.raises(ValueError, match=f"ticket: {name} is .*; allowed is what it was when the checkpoint was made"):
+        trainer(TicketRewind(**arguments | changed), epochs=9).fit(
+            Classifier(), data(), ckpt_path=tmp_path / "step=4.ckpt"
+        )
+
+
+def test_a_file_of_the_end_has_all_reports(tmp_path: Path) -> None:
+    ticket = TicketRewind({HIDDEN: 20}, epochs=2, monitor="val/loss")
+    fit(Watched(), ticket, checkpoint(tmp_path, every_n_epochs=1), epochs=4, enable_checkpointing=True)
+    other = TicketRewind({HIDDEN: 20}, epochs=2, monitor="val/loss")
+    trainer(other, epochs=4).validate(Watched(), data(), ckpt_path=tmp_path / "step=16.ckpt", verbose=False)
+    assert other.reports == ticket.reports
+    assert len(other.reports) == 2
