@@ -122,7 +122,7 @@ def _tail(problem: Problem, epochs: int = 334, fine_tuning: int = 100) -> Recipe
     ]
 
 
-def callbacks(recipe: Recipe, n: int) -> list[CPNAPruning]:
+def callbacks(recipe: Recipe, n: int, shrink: bool = False) -> list[CPNAPruning]:
     """Turn what the phases anneal into callbacks, whose steps count from the start of the run.
 
     Features and input connections are annealed geometrically over the whole phase; the hidden layer by Eq. 2, whose
@@ -141,6 +141,7 @@ def callbacks(recipe: Recipe, n: int) -> list[CPNAPruning]:
                     {pruning.target: pruning.n_end},
                     schedule=Annealing(start, start + steps // 2) if is_hidden else Geometric(start, start + steps),
                     name=f"{kind}_{earlier + 1}" if earlier else kind,
+                    shrink=shrink,
                     **pruning.options,
                 )
             )

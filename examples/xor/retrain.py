@@ -57,7 +57,7 @@ def retrain(k: int, method: str, seed: int, board: Path, n: int = 3000) -> list[
     trainer = pl.Trainer(
         max_epochs=ticket.n_epochs,
         logger=TensorBoardLogger(board, f"{k}d_retrain_{method}", f"seed_{seed}", default_hp_metric=False),
-        callbacks=[Phases(phases, n), *callbacks(steps, n), ticket],
+        callbacks=[Phases(phases, n), *callbacks(steps, n, shrink=True), ticket],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
