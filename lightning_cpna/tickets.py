@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from lightning_cpna.cells import cells_of, pick, put_cells_
-from lightning_cpna.mask import ListMask
+from lightning_cpna.mask import ListMask, Mask
 from lightning_cpna.masks import Masks
-from lightning_cpna.moments import optimizer_of, replace_, zero_moments_
+from lightning_cpna.moments import optimizer_of, replace_, zero_, zero_moments_
 from lightning_cpna.scores import Score
 from lightning_cpna.sparse import SparseLinear
 from lightning_cpna.sparsity import Budget, Sparsity
@@ -57,7 +57,9 @@ class Rewind:
 
     def __post_init__(self) -> None:
         if self.to not in ("init", "keep") and not (type(self.to) is int and self.to >= 1):
-            raise ValueError(f"rewind_to is {self.to!r}; allowed is 'init', 'keep', or an optimizer step (int >= 1)")
+            raise ValueError(
+                f"rewind_to (or to) is {self.to!r}; allowed is 'init', 'keep', or an optimizer step (int >= 1)"
+            )
         for name in ("weights", "buffers", "optimizer", "schedule", "sampler"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed is True or False")
@@ -168,10 +170,12 @@ def rewind_(
     optimizers: Sequence[Optimizer] = (),
     schedulers: Sequence[Any] = (),
     redraw: torch.Generator | None = None,
+    fill: torch.Generator | None = None,
 ) -> None:
     """Put a network back to what it was, in place, under the masks that it has now.
 
-    Weights are then snapshot times mask. Connections that did not live when the snapshot was taken begin at zero.
+    Weights are then snapshot times mask. Connections that did not live when the snapshot was taken begin at zero, or as
+    ``fill`` says.
 
     Args:
         sparsity: The module and its masks.
@@ -182,7 +186,9 @@ def rewind_(
         schedulers: Their learning rate schedulers, likewise.
         redraw: The weights are drawn anew (Frankle and Carbin's random reinitialisation): each parameter gets values of the
             snapshot's in random order, of those that lived. That is a fresh draw from whatever distribution it was
-            initialised with, as far as its entries were drawn independently. A CPU generator, seeded anew for each draw.
+            initialised with, as far as its entries were drawn independently. Frozen parameters are not drawn. A CPU
+            generator, seeded anew for each draw.
+        fill: Connections that did not live then begin with values of those that did, drawn at random. A CPU generator.
 
     Raises:
         ValueError: If the snapshot is one of another architecture, or of other optimizers or schedulers.
@@ -195,11 +201,20 @@ def rewind_(
     if set(snapshot.weights) != set(sparsity.tensors):
         other = sorted(set(snapshot.weights) ^ set(sparsity.tensors))
         raise ValueError(f"snapshot: it does not have the same parameters, see {other[0]!r}: it is of another network")
-    for name, saved in snapshot.weights.items():
-        if name not in snapshot.cells and saved.shape != sparsity.tensors[name].shape:
+    buffers = _buffers(module)
+    there = {**sparsity.tensors, **buffers}
+    for name, saved in {**snapshot.weights, **snapshot.buffers}.items():
+        shape = tuple(there[name].shape) if name in there else None
+        if name not in snapshot.cells and tuple(saved.shape) != shape:
             raise ValueError(
-                f"snapshot: {name!r} has shape {tuple(sparsity.tensors[name].shape)}, in the snapshot "
-                f"{tuple(saved.shape)}: it is of another network"
+                f"snapshot: {name!r} has shape {shape}, in the snapshot {tuple(saved.shape)}: it is of another network, or "
+                "its shape changed"
+            )
+    for optimizer, state in zip(optimizers, snapshot.optimizers, strict=False):
+        if len(optimizer.param_groups) != len(state["param_groups"]):
+            raise ValueError(
+                f"optimizers: {type(optimizer).__name__} has {len(optimizer.param_groups)} parameter groups; allowed are as "
+                f"many as when the snapshot was taken, {len(state['param_groups'])}"
             )
     counts = len(snapshot.optimizers), len(snapshot.schedulers)
     if (optimizers or schedulers) and (len(optimizers), len(schedulers)) != counts:
@@ -209,10 +224,10 @@ def rewind_(
         )
     keeps = what.to == "keep"
     if what.weights and not keeps:
+        masks = Masks.of(snapshot.masks)
         for name, saved in snapshot.weights.items():
-            _put_back_(sparsity, name, saved, snapshot, redraw)
+            _put_back_(sparsity, name, saved, snapshot, masks.get(name), redraw, fill)
     if what.buffers and not keeps:
-        buffers = _buffers(module)
         for name, saved in snapshot.buffers.items():
             buffers[name].copy_(saved)
     for optimizer, state in zip(optimizers, snapshot.optimizers, strict=False):
@@ -307,7 +322,10 @@ def shuffle_masks_(
 
 
 def _move_(layer: SparseLinear, cells: Tensor, optimizers: Iterable[Optimizer]) -> None:
-    replace_(layer.weight, lambda old: old.new_zeros(len(cells)), optimizers)
+    if len(cells) == len(layer.weight):  # as under DDP, which must keep its hooks on the gradient
+        zero_(layer.weight, torch.arange(len(cells), device=cells.device), optimizers)
+    else:
+        replace_(layer.weight, lambda old: old.new_zeros(len(cells)), optimizers)
     layer.set_cells_(cells)
 
 
@@ -330,27 +348,39 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _put_back_(
-    sparsity: Sparsity, name: str, saved: Tensor, snapshot: Snapshot, redraw: torch.Generator | None
+    sparsity: Sparsity,
+    name: str,
+    saved: Tensor,
+    snapshot: Snapshot,
+    then: Mask | None,
+    redraw: torch.Generator | None,
+    fill: torch.Generator | None,
 ) -> None:
-    """Put one parameter back, or draw it anew from what it was."""
+    """Put one parameter back, or draw it anew from what it was; ``then`` is the mask that it had."""
     parameter, mask = sparsity.tensors[name], sparsity.masks.get(name)
-    if redraw is None:
-        parameter.copy_(_found(sparsity, name, saved, snapshot))
-        if mask is not None:
-            mask.apply_(parameter)
+    pool = saved.flatten() if then is None else pick(saved.flatten(), then.live.flatten())
+    if redraw is not None and parameter.requires_grad:
+        cells = torch.arange(parameter.numel(), device=parameter.device) if mask is None else mask.live_cells
+        if len(cells) > len(pool):
+            raise ValueError(
+                f"redraw: {len(cells)} connections of {name!r} live, but only {len(pool)} did when the snapshot was taken; "
+                "allowed are not more"
+            )
+        parameter.zero_()
+        _draw_(parameter, cells, pool, redraw)
         return
-    pool = saved.flatten()
-    if name in snapshot.masks["masks"]:
-        pool = pick(pool, Masks.of(snapshot.masks)[name].live.flatten())
-    cells = torch.arange(parameter.numel(), device=parameter.device) if mask is None else mask.live_cells
-    if len(cells) > len(pool):
-        raise ValueError(
-            f"redraw: {len(cells)} connections of {name!r} live, but only {len(pool)} did when the snapshot was taken; "
-            "allowed are masks that lie inside those of the snapshot"
-        )
-    drawn = pool[torch.randperm(len(pool), generator=redraw)[: len(cells)]]
-    parameter.zero_()
-    put_cells_(parameter, cells, drawn.to(parameter.device))
+    parameter.copy_(_found(sparsity, name, saved, snapshot))
+    if mask is not None:
+        mask.apply_(parameter)
+    if fill is not None and mask is not None and then is not None and not isinstance(mask, ListMask):
+        then.to_(parameter.device)
+        _draw_(parameter, cells_of(mask.live & then.dead), pool, fill)
+
+
+def _draw_(parameter: Tensor, cells: Tensor, pool: Tensor, generator: torch.Generator) -> None:
+    """Put values of a pool into some cells, in random order."""
+    order = torch.randperm(len(pool), generator=generator)
+    put_cells_(parameter, cells, pool[order[: len(cells)]].to(parameter.device))
 
 
 def _found(sparsity: Sparsity, name: str, saved: Tensor, snapshot: Snapshot) -> Tensor:

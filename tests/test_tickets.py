@@ -288,12 +288,54 @@ def test_what_is_not_its_own_is_refused_and_nothing_is_changed() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": "start"}, "rewind_to is 'start'; allowed is 'init', 'keep', or an optimizer step"),
-        ({"to": 0}, "rewind_to is 0"),
-        ({"to": True}, "rewind_to is True"),
+        ({"to": "start"}, r"rewind_to \(or to\) is 'start'; allowed is 'init', 'keep', or an optimizer step"),
+        ({"to": 0}, r"rewind_to \(or to\) is 0"),
+        ({"to": True}, r"rewind_to \(or to\) is True"),
         ({"buffers": "no"}, "buffers is 'no'; allowed is True or False"),
     ],
 )
 def test_a_rewind_refuses_what_it_is_not(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Rewind(**options)
+
+
+def test_random_masks_on_a_network_that_was_sparse_have_weights_everywhere() -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(30, 20)
+    sparsity = sparsity_of(net)
+    sparsity.remove_("weight", torch.rand(20, 30) < 0.9)
+    sparsity.masks.apply_(sparsity.tensors)
+    snapshot, n = take_snapshot(sparsity), sparsity.masks["weight"].n_live
+    then = sparsity.masks["weight"].live
+    generator = torch.Generator().manual_seed(0)
+    shuffle_masks_(sparsity, snapshot, generator=generator)
+    rewind_(sparsity, snapshot, fill=generator)
+    now = sparsity.masks["weight"].live
+    assert torch.equal(net.weight != 0, now)
+    assert int(now.sum()) == n
+    assert torch.equal(net.weight[now & then], snapshot.weights["weight"][now & then])
+    assert set(net.weight[now].tolist()) <= set(snapshot.weights["weight"][then].tolist())
+
+
+def test_frozen_parameters_are_not_drawn_anew() -> None:
+    net = network()
+    net[0].requires_grad_(False)
+    snapshot = take_snapshot(sparsity_of(net))
+    rewind_(sparsity_of(net), snapshot, redraw=torch.Generator())
+    assert torch.equal(net.get_parameter("0.weight"), snapshot.weights["0.weight"])
+    assert not torch.equal(net.get_parameter("3.weight"), snapshot.weights["3.weight"])
+
+
+def test_other_buffers_and_parameter_groups_are_named_before_anything_changes() -> None:
+    net = network()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    snapshot = take_snapshot(sparsity_of(net), [optimizer])
+    nn.init.zeros_(net.get_parameter("0.weight"))
+    net[1] = nn.BatchNorm1d(12, track_running_stats=False)
+    with pytest.raises(ValueError, match=r"'1\.running_mean' has shape None, in the snapshot \(12,\)"):
+        rewind_(sparsity_of(net), snapshot, optimizers=[optimizer])
+    net[1] = nn.BatchNorm1d(12)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    with pytest.raises(ValueError, match=r"SGD has 2 parameter groups; allowed are as many as .* 1"):
+        rewind_(sparsity_of(net), snapshot, optimizers=[optimizer])
+    assert not bool(net.get_parameter("0.weight").any())

@@ -274,6 +274,8 @@ class SparsityCallback(Callback):
         if self._graph is not None and fit.sparsity.graph is None:
             axes = {name: target.axes for name, target in fit.sparsity.targets.items()}
             fit.sparsity.graph = Graph.from_state_dict(self._graph, axes)
+        if not fit.optimizers:
+            raise ValueError(f"{self.name}: configure_optimizers returned no optimizer; allowed is at least one")
         owners = []
         for name in fit.names:
             owner = optimizer_of(fit.optimizers, fit.sparsity.tensors[name])

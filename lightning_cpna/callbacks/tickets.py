@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Sequence
@@ -44,11 +45,13 @@ class TicketRewind(SparsityCallback):
     network had learned is put aside meanwhile. The fit ends after ``n_epochs`` epochs with the winning ticket.
 
     A round that went back is bit for bit the fit of the masked network from the same weights, optimizer state and random
-    numbers, on one process with a loader that draws from torch's generator or from one of its own. A sampler that counts
-    epochs (``DistributedSampler``) is told that the first round's begin again. Only after going on from a checkpoint that
-    was made between the last batch of a round and its validation do the next batches come in another order.
+    numbers, on one process. Batches come in the order of the first round, if the loader draws from torch's generator; one of
+    its own begins again with its seed, and a sampler that counts epochs (``DistributedSampler``) with the first round's. They
+    do not if the loader is made anew (``reload_dataloaders_every_n_epochs``), has persistent workers that draw, or the fit
+    goes on from a checkpoint that was made between the last batch of a round and its validation.
 
-    ``trainer.global_step`` and ``current_epoch`` go on rising, so give a learning rate scheduler the length of a round.
+    ``trainer.global_step`` and ``current_epoch`` go on rising, so give a learning rate scheduler the length of a round; one
+    that steps every N epochs counts ``current_epoch``, so that N must divide ``epochs``.
     ``EarlyStopping`` would end the whole fit.
 
     Args:
@@ -170,10 +173,11 @@ class TicketRewind(SparsityCallback):
         self._value: tuple[int, float] | None = None  # what validation said last, and in which epoch
         self._rng: list[dict[str, Any]] = []  # of each process
         self._snapshot: Snapshot | None = None
+        self._precision = dict[str, Any]()  # AMP's gradient scaler, with the snapshot
         self._aside: Snapshot | None = None  # the winning ticket, while controls train
         self._is_rng_back = False  # whether the generators went back when this fit began
         self._fit_step = 0  # the step at which this fit, perhaps resumed, began
-        self._value_before: Tensor | None = None  # what was logged when this epoch began
+        self._value_before: Tensor | None = None  # what was logged when validation began
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: which round it is, what is known of those that ended, and the snapshots."""
@@ -187,6 +191,7 @@ class TicketRewind(SparsityCallback):
             "value": self._value,
             "rng": list(self._rng),
             "generator": self._generator.get_state(),
+            "precision": self._precision,
             "snapshot": None if self._snapshot is None else vars(self._snapshot),
             "aside": None if self._aside is None else vars(self._aside),
         }
@@ -207,6 +212,7 @@ class TicketRewind(SparsityCallback):
         self._value = state_dict["value"]
         self._rng = list(state_dict["rng"])
         self._generator.set_state(state_dict["generator"])
+        self._precision = state_dict["precision"]
         snapshot, aside = state_dict["snapshot"], state_dict["aside"]
         self._snapshot = None if snapshot is None else Snapshot(**snapshot)
         self._aside = None if aside is None else Snapshot(**aside)
@@ -267,8 +273,8 @@ class TicketRewind(SparsityCallback):
             raise ValueError(
                 "targets is None, but nothing is or will be pruned; allowed is a dict, or a callback beside it"
             )
-        step, a_round = self._rewind.to, self.epochs * _n_steps_an_epoch(trainer)
-        if isinstance(step, int) and step > a_round:
+        step, is_known = self._rewind.to, pl_module.automatic_optimization and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if isinstance(step, int) and is_known and step > (a_round := self.epochs * _n_steps_an_epoch(trainer)):
             raise ValueError(f"rewind_to is {step}; allowed is a step of the first round, 1 to {a_round}")
         if 0 <= (trainer.max_epochs or -1) < (self._epoch or 0) - self._n_begun + self.n_epochs:
             warnings.warn(
@@ -277,7 +283,8 @@ class TicketRewind(SparsityCallback):
                 stacklevel=2,
             )
         if self._snapshot is None and not self._step:
-            self._generator.manual_seed(int(broadcast(trainer, torch.tensor(torch.initial_seed() % 2**63))))
+            seed = int(broadcast(trainer, torch.tensor(torch.initial_seed() % 2**62)))
+            self._generator.manual_seed(seed + 1)  # not the one of scores that draw
             if not isinstance(step, int):
                 self._take_snapshot(fit)
         for budget in fit.budgets:
@@ -286,13 +293,13 @@ class TicketRewind(SparsityCallback):
     def _take_snapshot(self, fit: Fit) -> None:
         with in_full_shapes(fit.trainer):
             self._snapshot = take_snapshot(fit.sparsity, fit.optimizers, _schedulers(fit.trainer))
+            self._precision = copy.deepcopy(fit.trainer.precision_plugin.state_dict())
 
     # While training
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a round, if the last one ended; tell samplers which of the round's epochs this is."""
         super().on_train_epoch_start(trainer, pl_module)
-        self._value_before = self._logged(trainer)
         if self._rewind.sampler:
             for sampler in _samplers(trainer):
                 if hasattr(sampler, "set_epoch"):
@@ -305,6 +312,10 @@ class TicketRewind(SparsityCallback):
 
     def _logged(self, trainer: Trainer) -> Tensor | None:
         return None if self.monitor is None else trainer.callback_metrics.get(self.monitor)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what is logged before validation."""
+        self._value_before = self._logged(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the metric if validation logged it: whoever goes on from a checkpoint of this moment does not know it."""
@@ -342,8 +353,9 @@ class TicketRewind(SparsityCallback):
                     f"{self.name}: the first round ended with step {self._step}, but {other.name!r} goes on pruning; allowed "
                     "with controls are schedules that end before, in steps or as fractions of the whole fit"
                 )
-        if self._aside is not None:
+        if self._aside is not None:  # forget the control
             restore_masks_(fit.sparsity, self._aside, optimizers)
+            rewind_(fit.sparsity, self._aside, optimizers=optimizers, schedulers=schedulers)
         if last.level < new.level:
             self._tighten(fit, new.level)
             if new.branch in self.controls:
@@ -353,11 +365,19 @@ class TicketRewind(SparsityCallback):
         what = self._rewind
         if new.branch in self.controls:
             what = replace(what, to="init", weights=True, buffers=True)
-        elif self._aside is not None:
-            rewind_(fit.sparsity, self._aside, optimizers=optimizers, schedulers=schedulers)
+        else:
             self._aside = None
-        redraw = self._generator if new.branch == "reinit" else None
-        rewind_(fit.sparsity, self._snapshot, what, optimizers=optimizers, schedulers=schedulers, redraw=redraw)
+        rewind_(
+            fit.sparsity,
+            self._snapshot,
+            what,
+            optimizers=optimizers,
+            schedulers=schedulers,
+            redraw=self._generator if new.branch == "reinit" else None,
+            fill=self._generator if new.branch == "shuffle" else None,
+        )
+        if what.optimizer and self._precision:
+            fit.trainer.precision_plugin.load_state_dict(self._precision)
         if what.sampler and not self._is_rng_back:
             self._rewind_rng(fit.trainer)
 
@@ -385,8 +405,8 @@ class TicketRewind(SparsityCallback):
             return float(logged)
         if self._step > self._fit_step:
             raise ValueError(
-                f"monitor is {self.monitor!r}, which was not logged; allowed is one of "
-                f"{', '.join(sorted(fit.trainer.callback_metrics))}"
+                f"monitor is {self.monitor!r}, which was not logged in this round (check_val_every_n_epoch is "
+                f"{fit.trainer.check_val_every_n_epoch}); logged were {', '.join(sorted(fit.trainer.callback_metrics))}"
             )
         warnings.warn(
             f"{self.name}: the fit goes on from a checkpoint that was made at a round's end, before {self.monitor!r} was "
@@ -424,7 +444,7 @@ class TicketRewind(SparsityCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the fit with the last round."""
         self._is_rng_back = False
-        if self._n_begun + 1 >= self.n_epochs:
+        if self._n_begun + 1 == self.n_epochs:
             trainer.should_stop = True
 
     def _round(self) -> Round:
@@ -441,7 +461,8 @@ class TicketRewind(SparsityCallback):
         """Note the last round, or say that the fit ended before it did."""
         fit = self._running()
         fit.restore()
-        self._note_round(fit)
+        if trainer.is_last_batch:
+            self._note_round(fit)
         if len(self.reports) < len(self._rounds):
             now = self._round()
             warnings.warn(
@@ -461,7 +482,8 @@ def _schedulers(trainer: Trainer) -> list[Any]:
 
 
 def _n_steps_an_epoch(trainer: Trainer) -> float:
-    return math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+    n: float = trainer.num_training_batches
+    return n if math.isinf(n) else math.ceil(n / trainer.accumulate_grad_batches)
 
 
 def _samplers(trainer: Trainer) -> list[Any]:

@@ -9,6 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_cpna import (
     Rewind,
@@ -243,17 +244,16 @@ def test_resuming_in_any_round_equals_not_having_stopped(tmp_path: Path, way: st
         targets = {"net.0.weight": 4} if way == "units" else {"net.0.weight": 20}
         return TicketRewind(targets, epochs=EPOCHS, levels=2, monitor="loss", **WAYS[way])  # type: ignore[arg-type]
 
-    model, whole, batches = (
-        make(sparse=sparse, dropout=0.0),
-        ticket(),
-        data(batch_size=64),
-    )  # a file has no dropout's state
+    # A file has no dropout's state, and an epoch that is resumed in the middle begins with its first batch again.
+    model, whole = make(sparse=sparse, dropout=0.0), ticket()
+    x, y = next(iter(data(batch_size=16)))
+    batches = DataLoader(TensorDataset(x.repeat(2, 1), y.repeat(2, 1)), batch_size=16)
     files = checkpoint(tmp_path, every_n_train_steps=1, save_on_train_epoch_end=False)
     fit = trainer(whole, files, enable_checkpointing=True, epochs=whole.n_epochs)
     fit.fit(model, batches, batches)
     saved = sorted(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
-    assert len(saved) == whole.n_epochs
-    for path in saved[:: 1 if way == "init" else 4]:
+    assert len(saved) == 2 * whole.n_epochs
+    for path in saved[:: 3 if way == "init" else 7]:
         other, resumed = make(seed=1, sparse=sparse, dropout=0.0), ticket()
         torch.manual_seed(5)
         again = trainer(resumed, epochs=whole.n_epochs)
@@ -262,7 +262,7 @@ def test_resuming_in_any_round_equals_not_having_stopped(tmp_path: Path, way: st
         step = int(
             path.stem.split("=")[1]
         )  # the file is written before validation: at the end of a round it lacks the metric
-        expected = [None if step == EPOCHS * (i + 1) else report.value for i, report in enumerate(whole.reports)]
+        expected = [None if step == 2 * EPOCHS * (i + 1) else report.value for i, report in enumerate(whole.reports)]
         assert [report.value for report in resumed.reports] == expected, path.stem
         for name, mask in sparsity_of(model).masks.items():
             assert torch.equal(mask.live, sparsity_of(other).masks[name].live), (path.stem, name)

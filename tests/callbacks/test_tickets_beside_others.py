@@ -29,7 +29,18 @@ from lightning_cpna import (
     plot_tickets,
     sparsity_of,
 )
-from tests.helpers import Classifier, OtherClassifier, Spy, checkpoint, data, loaders, mlp, tensorboard, trainer
+from tests.helpers import (
+    Classifier,
+    OtherClassifier,
+    RankSpy,
+    Spy,
+    checkpoint,
+    data,
+    loaders,
+    mlp,
+    tensorboard,
+    trainer,
+)
 
 HIDDEN, LAST = "net.0.weight", "net.2.weight"
 
@@ -301,7 +312,10 @@ trainer:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "epochs": ({"epochs": 0}, "epochs is 0; allowed is an int >= 1"),
     "levels": ({"levels": 2.0}, r"levels is 2\.0; allowed is an int >= 1"),
-    "rewind_to": ({"rewind_to": "start"}, "rewind_to is 'start'; allowed is 'init', 'keep', or an optimizer step"),
+    "rewind_to": (
+        {"rewind_to": "start"},
+        r"rewind_to \(or to\) is 'start'; allowed is 'init', 'keep', or an optimizer step",
+    ),
     "control": ({"controls": ["retrain"]}, "controls is 'retrain'; allowed is one of 'reinit', 'shuffle'"),
     "a string": ({"controls": "reinit"}, "controls is 'reinit'; allowed is a list"),
     "no list": ({"controls": True}, "controls is True; allowed is a list"),
@@ -335,7 +349,7 @@ REFUSED_IN_A_FIT: dict[str, tuple[list[Any], str]] = {
     ),
     "no such metric": (
         [TicketRewind({HIDDEN: 20}, epochs=1, monitor="val_acc")],
-        r"monitor is 'val_acc', which was not logged; allowed is one of .*ticket/connections",
+        r"monitor is 'val_acc', which was not logged in this round .*; logged were .*ticket/connections",
     ),
     "rewired": (
         [SETRewiring([HIDDEN], epsilon=2), TicketRewind(epochs=1, controls=["reinit"])],
@@ -415,3 +429,158 @@ def test_a_file_of_the_end_has_all_reports(tmp_path: Path) -> None:
     trainer(other, epochs=4).validate(Watched(), data(), ckpt_path=tmp_path / "step=16.ckpt", verbose=False)
     assert other.reports == ticket.reports
     assert len(other.reports) == 2
+
+
+def test_random_masks_of_a_network_that_was_pruned_before_have_weights_everywhere() -> None:
+    module = Classifier(mlp(100))
+    sparsity = sparsity_of(module)
+    sparsity.add_mask(HIDDEN)
+    sparsity.remove_(HIDDEN, torch.rand(100, 6) < 0.8)
+    ticket, starts = TicketRewind(epochs=1, controls=["shuffle"]), Starts(1)
+    fit(module, ticket, starts, epochs=3)
+    n = sparsity.masks[HIDDEN].n_live
+    assert [int(weights[HIDDEN].count_nonzero()) for weights in starts.weights] == [n] * 3
+
+
+def test_controls_do_not_see_each_other_whatever_stays() -> None:
+    class Falling(Classifier):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=1.0, momentum=0.9)
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+    class Rates(Starts):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 0:
+                optimizer = trainer.optimizers[0]
+                state = [value["momentum_buffer"].clone() for value in optimizer.state.values()]
+                self.weights.append(
+                    {"lr": torch.tensor(optimizer.param_groups[0]["lr"]), "m": state[0] if state else nothing}
+                )
+
+    nothing = torch.zeros(0)
+    rates = Rates(1)
+    what = Rewind("init", optimizer=False, schedule=False)
+    ticket = TicketRewind({LAST: 8}, epochs=1, rewind_to=what, controls=["reinit", "shuffle"])
+    fit(Falling(), ticket, rates, epochs=4)
+    assert [float(noted["lr"]) for noted in rates.weights] == [1.0, 0.5, 0.5, 0.5]
+    _, first, second, third = (noted["m"] for noted in rates.weights)
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+
+
+class Metrics(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("other", 1.0)
+
+
+def test_a_metric_of_training_is_that_of_the_whole_epoch() -> None:
+    ticket, means = TicketRewind({HIDDEN: 20}, epochs=2, monitor="loss"), list[float]()
+
+    class Means(pl.Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            means.append(float(trainer.callback_metrics.get("loss_epoch", 0)))
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            means.append(float(trainer.callback_metrics["loss_epoch"]))
+
+    fit(Metrics(), ticket, Means(), epochs=4)
+    assert [report.value for report in ticket.reports] == [means[2], means[4]]
+
+
+def test_a_round_that_was_cut_short_is_not_reported() -> None:
+    ticket = TicketRewind({HIDDEN: 20}, epochs=1)
+    with pytest.warns(UserWarning, match="ended after 1 of 2 rounds, with the network of branch 'init' at level 1"):
+        trainer(ticket, epochs=2, max_steps=5).fit(Classifier(), data())
+    assert [report.steps for report in ticket.reports] == [4]
+
+
+def test_a_fit_that_goes_on_after_the_last_round_is_not_stopped_again() -> None:
+    ticket, module = TicketRewind({HIDDEN: 20}, epochs=1), Classifier()
+    run = trainer(ticket, epochs=2)
+    run.fit(module, data())
+    run.fit_loop.max_epochs = 5
+    run.fit(module, data())
+    assert run.current_epoch == 5
+    assert len(ticket.reports) == 2
+
+
+class Endless(torch.utils.data.IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        yield from iter(data(64, 16))
+
+
+class ByHand(Classifier):
+    automatic_optimization = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers()
+        for _ in range(3):
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("module", "loader", "options", "steps"),
+    [
+        (Classifier, lambda: DataLoader(Endless(), batch_size=None), {}, 8),
+        (ByHand, data, {}, 24),
+        (Classifier, data, {"accumulate_grad_batches": 2}, 4),
+        (Classifier, data, {"gradient_clip_val": 0.1}, 8),
+    ],
+    ids=["iterable", "by hand", "accumulated", "clipped"],
+)
+def test_rounds_count_real_steps(module: Any, loader: Any, options: dict[str, Any], steps: int) -> None:
+    ticket = TicketRewind({HIDDEN: 20}, epochs=2, rewind_to=3, controls=["shuffle"])
+    trainer(ticket, epochs=6, **options).fit(module(), loader())
+    assert [report.steps for report in ticket.reports] == [steps] * 3
+    assert ticket.reports[-1].counts == {HIDDEN: 20}
+
+
+def test_a_dry_run_is_let_pass() -> None:
+    with pytest.warns(UserWarning, match="ended after 0 of 2 rounds"):
+        trainer(TicketRewind({HIDDEN: 20}, epochs=2, rewind_to=500), fast_dev_run=True).fit(Classifier(), data())
+
+
+@pytest.mark.parametrize("control", ["reinit", "shuffle"])
+def test_a_sparse_layer_is_controlled_in_two_processes(tmp_path: Path, control: Any) -> None:
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    torch.manual_seed(0)
+    module = Classifier(nn.Sequential(SparseLinear(6, 16, 3), nn.ReLU(), nn.Linear(16, 1)))
+    ticket = TicketRewind({HIDDEN: 20}, epochs=1, controls=[control])
+    trainer(ticket, RankSpy(tmp_path), epochs=3, strategy="ddp_spawn", devices=2).fit(module, data())
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True)[1] for rank in (0, 1))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert int(first[HIDDEN].count_nonzero()) == 20
+
+
+def test_the_gradient_scaler_goes_back() -> None:
+    class Scaled(pl.plugins.Precision):
+        scale = 1
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"scale": self.scale}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.scale = state_dict["scale"]
+
+    class Grow(pl.Callback):
+        def __init__(self) -> None:
+            self.scales: list[int] = []
+
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            self.scales.append(trainer.precision_plugin.scale)
+            trainer.precision_plugin.scale *= 2
+
+    grow = Grow()
+    trainer(TicketRewind({HIDDEN: 20}, epochs=1), grow, epochs=2, plugins=[Scaled()]).fit(Classifier(), data())
+    assert grow.scales == [1, 2, 4, 8] * 2
