@@ -16,20 +16,12 @@ from lightning_cpna.rewiring import plant_, rewire_
 from lightning_cpna.schedules import Annealing, Cubic, EpochFraction, Geometric, Linear, OneShot, Schedule
 from lightning_cpna.scores import Score, ScoreInputs
 from lightning_cpna.selection import keep_top
+from lightning_cpna.snapshot import Rewind, Snapshot, restore_masks_, rewind_, take_snapshot
 from lightning_cpna.sparse import SparseLinear
 from lightning_cpna.sparsity import Budget, Sparsity, sparsity_of
 from lightning_cpna.targets import Axes, Target
 from lightning_cpna.taylor import weight_saliencies
-from lightning_cpna.tickets import (
-    Rewind,
-    Round,
-    RoundReport,
-    Snapshot,
-    restore_masks_,
-    rewind_,
-    shuffle_masks_,
-    take_snapshot,
-)
+from lightning_cpna.tickets import Round, RoundReport, shuffle_masks_
 from lightning_cpna.tracing import trace
 from lightning_cpna.unit_scores import UnitInputs, UnitScore
 

@@ -74,7 +74,9 @@ def draw_objection(results: dict[str, list[Row]]) -> Any:
     """Draw winning tickets against fresh weights, for every recipe, weights above and units below."""
     rows = results["objection"]
     recipes = list(dict.fromkeys(row["recipe"] for row in rows))
-    figure, panels = plt.subplots(2, len(recipes), figsize=(4.6 * len(recipes), 8), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(
+        2, len(recipes), figsize=(4.6 * len(recipes), 8), sharey="row", layout="constrained", squeeze=False
+    )
     for i, what in enumerate(("weights", "units")):
         for j, recipe in enumerate(recipes):
             lines(panels[i][j], [row for row in rows if (row["what"], row["recipe"]) == (what, recipe)])

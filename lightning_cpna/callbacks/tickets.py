@@ -12,28 +12,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lightning_cpna._lightning import LightningModule, Trainer
 from lightning_cpna.callbacks.base import Fit, SparsityCallback, agree, averaging, broadcast, in_full_shapes, ours
+from lightning_cpna.callbacks.order import BatchOrder
 from lightning_cpna.callbacks.scheduled import check_choice, check_targets
 from lightning_cpna.plots import log_figure, plot_tickets
-from lightning_cpna.rng import rng_state, set_rng_state
 from lightning_cpna.schedules import Geometric
 from lightning_cpna.scores import Granularity, Score
+from lightning_cpna.snapshot import Rewind, Snapshot, restore_masks_, rewind_, take_snapshot
 from lightning_cpna.sparsity import Budget, Scope, Sparsity
 from lightning_cpna.targets import resolve
-from lightning_cpna.tickets import (
-    Control,
-    Rewind,
-    Round,
-    RoundReport,
-    Snapshot,
-    restore_masks_,
-    rewind_,
-    shuffle_masks_,
-    take_snapshot,
-)
+from lightning_cpna.tickets import Control, Round, RoundReport, shuffle_masks_
 
 
 class TicketRewind(SparsityCallback):
@@ -171,7 +161,7 @@ class TicketRewind(SparsityCallback):
         self._round_step = 0  # the step at which the round began
         self._n_start = dict[str, int]()
         self._value: tuple[int, float] | None = None  # what validation said last, and in which epoch
-        self._rng: list[dict[str, Any]] = []  # of each process
+        self._order = BatchOrder()
         self._snapshot: Snapshot | None = None
         self._precision = dict[str, Any]()  # AMP's gradient scaler, with the snapshot
         self._aside: Snapshot | None = None  # the winning ticket, while controls train
@@ -189,7 +179,7 @@ class TicketRewind(SparsityCallback):
             "round_step": self._round_step,
             "n_start": dict(self._n_start),
             "value": self._value,
-            "rng": list(self._rng),
+            "rng": list(self._order.states),
             "generator": self._generator.get_state(),
             "precision": self._precision,
             "snapshot": None if self._snapshot is None else vars(self._snapshot),
@@ -210,7 +200,7 @@ class TicketRewind(SparsityCallback):
         self._round_step = state_dict["round_step"]
         self._n_start = dict(state_dict["n_start"])
         self._value = state_dict["value"]
-        self._rng = list(state_dict["rng"])
+        self._order = BatchOrder(list(state_dict["rng"]))
         self._generator.set_state(state_dict["generator"])
         self._precision = state_dict["precision"]
         snapshot, aside = state_dict["snapshot"], state_dict["aside"]
@@ -241,18 +231,15 @@ class TicketRewind(SparsityCallback):
             raise ValueError(
                 f"{self.name}: {others[0]!r} rewinds this network, too; allowed is one TicketRewind in a Trainer"
             )
-        if not self._rng and self._rewind.sampler:
-            mine = rng_state(trainer.strategy.root_device)
-            self._rng = [trainer.strategy.broadcast(mine, src=rank) for rank in range(trainer.world_size)]
-        elif self._rewind.sampler and len(self._rng) != trainer.world_size:
-            raise ValueError(
-                f"{self.name}: the fit began on {len(self._rng)} processes and goes on on {trainer.world_size}, so their "
-                "random generators cannot go back; allowed is the same number, or Rewind(sampler=False)"
-            )
+        if self._rewind.sampler:
+            try:
+                self._order.note(trainer)
+            except ValueError as error:
+                raise ValueError(f"{self.name}: {error}") from error
         # The first batches of a resumed fit are drawn before an epoch starts: maybe those of a new round.
         self._is_rng_back = self._rewind.sampler and self._restored and (self._n_begun + 1) % self.epochs == 0
         if self._is_rng_back:
-            self._rewind_rng(trainer)
+            self._order.rewind_(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the rounds fit into the run; note what the network is, if it has not been trained yet."""
@@ -301,9 +288,7 @@ class TicketRewind(SparsityCallback):
         """Begin a round, if the last one ended; tell samplers which of the round's epochs this is."""
         super().on_train_epoch_start(trainer, pl_module)
         if self._rewind.sampler:
-            for sampler in _samplers(trainer):
-                if hasattr(sampler, "set_epoch"):
-                    sampler.set_epoch(self._n_begun % self.epochs)
+            self._order.set_epoch(trainer, self._n_begun % self.epochs)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """See the base."""
@@ -379,12 +364,7 @@ class TicketRewind(SparsityCallback):
         if what.optimizer and self._precision:
             fit.trainer.precision_plugin.load_state_dict(self._precision)
         if what.sampler and not self._is_rng_back:
-            self._rewind_rng(fit.trainer)
-
-    def _rewind_rng(self, trainer: Trainer) -> None:
-        set_rng_state(self._rng[trainer.global_rank], trainer.strategy.root_device)
-        for generator in _generators(trainer):
-            generator.manual_seed(generator.initial_seed())
+            self._order.rewind_(fit.trainer)
 
     def _tighten(self, fit: Fit, level: int) -> None:
         schedule = Geometric(0, self.levels)
@@ -484,16 +464,3 @@ def _schedulers(trainer: Trainer) -> list[Any]:
 def _n_steps_an_epoch(trainer: Trainer) -> float:
     n: float = trainer.num_training_batches
     return n if math.isinf(n) else math.ceil(n / trainer.accumulate_grad_batches)
-
-
-def _samplers(trainer: Trainer) -> list[Any]:
-    """Find the samplers of the training loaders."""
-    loaders = tree_leaves(trainer.train_dataloader)
-    return [getattr(loader, name, None) for loader in loaders for name in ("sampler", "batch_sampler")]
-
-
-def _generators(trainer: Trainer) -> list[torch.Generator]:
-    """Find the generators that the training loaders draw from, where it is not torch's own."""
-    owners = [*tree_leaves(trainer.train_dataloader), *_samplers(trainer)]
-    found = [getattr(owner, "generator", None) for owner in owners]
-    return [generator for generator in found if isinstance(generator, torch.Generator)]
