@@ -19,7 +19,7 @@ from examples.asu.problem import METHODS, PROBLEMS
 from examples.asu.tables import pivot, sizes, table2, table3
 from examples.asu.training import run
 from examples.data import is_here
-from examples.results import Row, save
+from examples.results import Row, save, save_whole
 
 FIGURE_SETS = ["Lung-discrete", "Yale", "madelon", "PCMAC"]
 
@@ -73,9 +73,7 @@ def train_all(args: argparse.Namespace, sets: Sequence[str], methods: Sequence[s
 def _train(name: str, method: str, seed: int, folder: Path | None, validate: bool, file: Path) -> None:
     board = TensorBoardLogger(file.parents[1] / "tensorboard", f"{name}_{method.replace(' ', '_')}", f"seed_{seed}")
     row, _ = run(name, method, seed, folder, validate=validate, logger=board)
-    unfinished = file.with_suffix(".part")
-    unfinished.write_text(json.dumps(row) + "\n")
-    unfinished.rename(file)
+    save_whole(row, file)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import track
 
 from examples.arguments import at_least
-from examples.results import load, save
+from examples.results import save, save_whole
 from examples.tickets.experiments import EPOCHS, EXPERIMENTS
-from examples.tickets.figures import draw, table
+from examples.tickets.figures import draw, gather, table
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -55,18 +55,14 @@ def main(arguments: list[str] | None = None) -> None:
     for name in args.experiments:
         rows = [row for seed in seeds for row in json.loads(wanted[name, seed].read_text())]
         console.print(f"results:  {save(rows, args.out, name)}")
-    found = {path.stem: load(args.out, path.stem) for path in sorted(args.out.glob("*.json"))}
-    print(table(found))
-    for figure in draw(args.out, args.out):
+    print(table(gather(args.out)))
+    for figure in draw(args.out):
         console.print(f"figure:   {figure}")
     console.print(f"TensorBoard: tensorboard --logdir {args.out / 'tensorboard'}")
 
 
 def _run(name: str, seed: int, epochs: int, data: Path | None, board: Path, file: Path) -> None:
-    rows = [{"seed": seed, **row} for row in EXPERIMENTS[name](seed, data, board, epochs)]
-    unfinished = file.with_suffix(".part")
-    unfinished.write_text(json.dumps(rows) + "\n")
-    unfinished.rename(file)
+    save_whole([{"seed": seed, **row} for row in EXPERIMENTS[name](seed, data, board, epochs)], file)
 
 
 if __name__ == "__main__":

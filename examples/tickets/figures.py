@@ -24,23 +24,22 @@ LABELS = {
 }  # fmt: skip
 
 
-def lines(axes: Axes, rows: Iterable[Row], style: str = "-", suffix: str = "") -> None:
+def lines(axes: Axes, rows: Iterable[Row]) -> None:
     """Draw the accuracy against what remains, a line a branch: mean and standard deviation over seeds."""
     found = mean_and_spread(rows, ("branch", "level", "density"), "accuracy")
     for branch in dict.fromkeys(key[0] for key in found):
         points = sorted((key[2], *value) for key, value in found.items() if key[0] == branch)
         if branch == "dense":
-            axes.axhline(points[0][1], color="black", linestyle=":", linewidth=1, label="dense" if not suffix else None)
+            axes.axhline(points[0][1], color="black", linestyle=":", linewidth=1, label="dense")
             continue
         axes.errorbar(
             [100 * density for density, _, _ in points],
             [mean for _, mean, _ in points],
             [spread for *_, spread in points],
             color=COLOURS[branch],
-            linestyle=style,
             marker=".",
             capsize=2,
-            label=LABELS[branch] + suffix,
+            label=LABELS[branch],
         )
     axes.set(xscale="log", xlabel="weights that remain, %", ylabel="test accuracy, %")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -126,14 +125,19 @@ def table(results: dict[str, list[Row]]) -> str:
     return "\n".join(lines)
 
 
-def draw(folder: Path, out: Path) -> list[Path]:
-    """Draw the figures of what there is in a folder of results; return the files."""
-    results = {path.stem: load(folder, path.stem) for path in sorted(folder.glob("*.json"))}
+def gather(folder: Path) -> dict[str, list[Row]]:
+    """Read the results of all experiments that are in a folder."""
+    return {path.stem: load(folder, path.stem) for path in sorted(folder.glob("*.json"))}
+
+
+def draw(folder: Path) -> list[Path]:
+    """Draw the figures of what there is in a folder of results, into it; return the files."""
+    results = gather(folder)
     files = []
     for name, (draw_one, needed) in FIGURES.items():
         if any(part in results for part in needed):
             figure = draw_one(results)
-            files.append(out / f"{name}.png")
+            files.append(folder / f"{name}.png")
             figure.savefig(files[-1], dpi=110)
             plt.close(figure)
     return files
@@ -145,10 +149,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where examples.tickets wrote its results")
     parser.add_argument("--readme", type=Path, help="a file with the marks of the table")
     args = parser.parse_args()
-    draw(args.folder, args.folder)
+    draw(args.folder)
     if args.readme:
-        results = {path.stem: load(args.folder, path.stem) for path in sorted(args.folder.glob("*.json"))}
-        args.readme.write_text(fill(args.readme.read_text(), "examples.tickets", table(results)))
+        args.readme.write_text(fill(args.readme.read_text(), "examples.tickets", table(gather(args.folder))))
 
 
 if __name__ == "__main__":
