@@ -23,6 +23,7 @@ test: env
 	$(BIN)/pytest
 
 test-slow: env
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray]'
 	$(BIN)/pytest -m slow
 
 benchmark: env

@@ -19,7 +19,7 @@ pytest.importorskip("pooch", reason="the extra 'examples' is not installed")
 pytest.importorskip("sklearn", reason="the extra 'examples' is not installed")
 
 from examples import data
-from examples.data import ASU, DATA_VARIABLE, Split, asu, fetch, git_blob, standardized, word_counts
+from examples.data import ASU, DATA_VARIABLE, AsuFile, Split, asu, fetch, git_blob, standardized, word_counts
 
 HELLO = "ce013625030ba8dba906f756967f9e9ca394464a"  # git hash-object of "hello\n"
 
@@ -59,7 +59,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.parent.mkdir()
     x = np.arange(7, dtype=np.uint8)[:, None] * np.array([1, 36], dtype=np.uint8)
     savemat(path, {"X": x, "Y": np.array([[3, 1, 3, 7, 1, 1, 7]], dtype=np.uint8).T})
-    monkeypatch.setitem(data._CHECKSUMS, "asu/lung.mat", git_blob(path.read_bytes()))
+    monkeypatch.setitem(data.ASU, "lung", AsuFile("lung.mat", git_blob(path.read_bytes())))
     return tmp_path
 
 
@@ -202,21 +202,18 @@ def test_a_corrupted_file_is_refused_but_kept(name: str, kind: str, tmp_path: Pa
 def test_a_bad_download_is_refused_and_not_cached(site: str, tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match=rf"gisette.mat .*{ASU['gisette'].checksum}, found {HELLO}"):
-            fetch("asu/gisette.mat", site, None)
+            fetch("asu/gisette.mat", site, None, ASU["gisette"].checksum)
         assert not list((tmp_path / "cache" / "asu").iterdir())
 
 
-def test_a_good_download_is_cached_and_checked_again(
-    site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(data._CHECKSUMS, "asu/gisette.mat", HELLO)
-    path = fetch("asu/gisette.mat", site, None)
+def test_a_good_download_is_cached_and_checked_again(site: str, tmp_path: Path) -> None:
+    path = fetch("asu/gisette.mat", site, None, HELLO)
     assert path == tmp_path / "cache" / "asu" / "gisette.mat"
     (tmp_path / "site" / "gisette.mat").unlink()
-    assert fetch("asu/gisette.mat", site, None).read_bytes() == b"hello\n"
+    assert fetch("asu/gisette.mat", site, None, HELLO).read_bytes() == b"hello\n"
     path.write_bytes(b"hello")
     with pytest.raises(ValueError, match="found"):
-        fetch("asu/gisette.mat", site, None)
+        fetch("asu/gisette.mat", site, None, HELLO)
     assert not path.exists()
 
 

@@ -52,7 +52,7 @@ def test_mnist_is_the_published_one() -> None:
 
 def test_a_folder_without_the_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"train-images.*--data, LIGHTNING_CPNA_DATA"):
-        fetch("mnist/train-images-idx3-ubyte.gz", "https://example.invalid/", tmp_path)
+        fetch("mnist/train-images-idx3-ubyte.gz", "https://example.invalid/", tmp_path, "0" * 64)
 
 
 def test_batches_are_shuffled_by_the_seed_and_all_of_one_size() -> None:
