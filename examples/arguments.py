@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from rich.console import Console
+
+from examples.results import Row
+from lightning_cpna.sweeps import RunFunction, Setting, sweep
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -25,14 +30,37 @@ def at_least(least: int) -> Callable[[str], int]:
     return read
 
 
-def add_sweep_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+def add_sizes(parser: argparse.ArgumentParser, sizes: dict[str, str]) -> None:
+    """Add ``--quick`` and ``--full``; ``size`` is "quick", "full", or "reduced" if neither is given.
+
+    Args:
+        parser: The parser.
+        sizes: What each of the three is.
+    """
+    group = parser.add_mutually_exclusive_group()
+    for size in ("quick", "full"):
+        group.add_argument(
+            f"--{size}",
+            dest="size",
+            action="store_const",
+            const=size,
+            help=f"{sizes[size]} (default: {sizes['reduced']})",
+        )
+    parser.set_defaults(size="reduced")
+
+
+def add_sweep_arguments(parser: argparse.ArgumentParser, out: str, *, data: bool = True) -> None:
     """Add what every sweep is told: the data folder, how many runs at a time, on what, and where everything is written.
 
     Args:
         parser: The parser.
         out: The default folder.
+        data: Whether there is a data folder.
     """
-    parser.add_argument("--data", type=Path, help="folder with the data (default: LIGHTNING_CPNA_DATA, or download)")
+    if data:
+        parser.add_argument(
+            "--data", type=Path, help="folder with the data (default: LIGHTNING_CPNA_DATA, or download)"
+        )
     parser.add_argument(
         "--jobs", type=at_least(1), default=-1, help="runs at a time (default: as many as there are cores)"
     )
@@ -40,3 +68,23 @@ def add_sweep_arguments(parser: argparse.ArgumentParser, out: str) -> None:
         "--backend", choices=["loky", "ray"], default="loky", help="processes of this machine, or Ray (default: loky)"
     )
     parser.add_argument("--out", type=Path, default=Path(out), help=f"where everything is written (default: {out})")
+
+
+def run_sweep(args: argparse.Namespace, function: RunFunction, settings: Iterable[Setting], title: str) -> list[Row]:
+    """Run a sweep as the command line says; finished runs are kept in ``runs`` of the folder that it names.
+
+    Args:
+        args: What `add_sweep_arguments` added.
+        function: As in `sweep`.
+        settings: As in `sweep`.
+        title: As in `sweep`.
+    """
+    return sweep(
+        function,
+        settings,
+        args.out / "runs",
+        n_jobs=args.jobs,
+        backend=args.backend,
+        title=title,
+        console=Console(),
+    )

@@ -19,13 +19,6 @@ def save(rows: Iterable[Row], folder: Path, name: str) -> Path:
     return file
 
 
-def save_whole(content: Any, file: Path) -> None:
-    """Write JSON so that the file is there only once it is whole: what is there was finished."""
-    unfinished = file.with_suffix(".part")
-    unfinished.write_text(json.dumps(content) + "\n")
-    unfinished.rename(file)
-
-
 def load(folder: Path, name: str) -> list[Row]:
     """Read rows."""
     rows: list[Row] = json.loads((folder / f"{name}.json").read_text())

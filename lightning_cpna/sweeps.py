@@ -239,8 +239,8 @@ def _run(function: RunFunction, setting: dict[str, Any], file: Path) -> Failure 
         found = function(**setting)
         rows = [dict(row) for row in ([found] if isinstance(found, Mapping) else found)]
         for row in rows:
-            if twice := set(row) & set(setting):
-                raise ValueError(f"the result has {sorted(twice)}, as the setting has; allowed are other names")
+            if other := {name for name in set(row) & set(setting) if row[name] != setting[name]}:
+                raise ValueError(f"the result has other values of {sorted(other)} than the setting")
         unfinished = file.with_name(f"{file.name}.{os.getpid()}.part")
         unfinished.write_text(json.dumps({"setting": setting, "rows": rows}) + "\n")
         os.replace(unfinished, file)

@@ -150,10 +150,14 @@ def test_the_command_line_trains_once_and_removes(tmp_path: Path, monkeypatch: p
     out = ["--out", str(tmp_path), "--jobs", "1"]
     main(["--methods", "SET", "--seeds", "2", *out])
     files = sorted((tmp_path / "runs").glob("*.json"))
-    assert [file.name for file in files] == ["Lung-discrete_SET_100.json", "Lung-discrete_SET_101.json"]
-    files[0].write_text(json.dumps(json.loads(files[0].read_text()) | {"seconds": -1}))
+    assert len(files) == 2
+    first = json.loads(files[0].read_text())
+    (row,) = first["rows"]
+    files[0].write_text(json.dumps(first | {"rows": [row | {"seconds": -1}]}))
     main(["--table2", "--set", "Lung-discrete", "--methods", "SET", "--seeds", "2", *out])
-    assert load(tmp_path, "table2")[0]["seconds"] == -1
+    again = {found["seed"]: found for found in load(tmp_path, "table2")}
+    assert set(again) == {100, 101}
+    assert again[row["seed"]]["seconds"] == -1
     ask, run = tensorboard(tmp_path / "tensorboard"), "Lung-discrete_SET/seed_100"
     tags = {
         "accuracy/test",
@@ -164,11 +168,13 @@ def test_the_command_line_trains_once_and_removes(tmp_path: Path, monkeypatch: p
     }
     assert tags <= set(ask("scalars/tags")[run])
     curve = [point[2] for point in ask(f"scalars/scalars?tag=accuracy/test&run={run}")]
-    assert curve == pytest.approx(json.loads(files[0].read_text())["test"], abs=1e-3)
+    runs = [json.loads(file.read_text()) for file in files]
+    (expected,) = (file["rows"][0]["test"] for file in runs if file["setting"]["seed"] == 100)
+    assert curve == pytest.approx(expected, abs=1e-3)
     main(["--figure1", "--set", "Lung-discrete", *out])
     curves = [row["test"] for row in load(tmp_path, "figure1")]
     assert [len(curve) for curve in curves] == [20] * len(WHICH) * len(ORDERS)
-    assert curves[0][0] == json.loads(files[0].read_text())["test"][-1]
+    assert curves[0][0] == expected[-1]
     assert (tmp_path / "figure1.png").is_file()
 
 

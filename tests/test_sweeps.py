@@ -151,13 +151,16 @@ def returns_a_tensor(seed: int) -> dict[str, Any]:
     return {"value": torch.tensor(seed)}
 
 
-def returns_its_setting(seed: int) -> dict[str, Any]:
-    return {"seed": seed}
+def returns_another_seed(seed: int) -> dict[str, Any]:
+    return {"seed": seed + 1}
 
 
 @pytest.mark.parametrize(
     ("function", "message"),
-    [(returns_a_tensor, "Tensor is not JSON serializable"), (returns_its_setting, r"the result has \['seed'\]")],
+    [
+        (returns_a_tensor, "Tensor is not JSON serializable"),
+        (returns_another_seed, r"the result has other values of \['seed'\]"),
+    ],
 )
 def test_bad_results_are_failures(tmp_path: Path, function: Any, message: str) -> None:
     with pytest.raises(SweepError, match=message):

@@ -95,10 +95,10 @@ def test_a_run_that_does_not_learn_its_training_set_starts_anew_on_the_same_data
 
     monkeypatch.setattr(training, "XORNet", Spied)
     job = Job(3, 6, 60, 64, "fsa_cpna", 5)
-    first = train(job, tmp_path)
+    first = train(job, tmp_path / "tensorboard")
     monkeypatch.setattr(training, bound, 1.01)
     monkeypatch.setattr(training, "MAX_TRIES", 2)
-    again = train(job, tmp_path)
+    again = train(job, tmp_path / "tensorboard")
     assert (first.tries, again.tries) == (1, 2)
     assert again.connections == {"net.0.weight": 24, "net.2.weight": 12}, "the last try is not judged"
     assert all(torch.equal(x, starts[0][0]) for x, _ in starts)

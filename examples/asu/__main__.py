@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
-import joblib
-from pytorch_lightning.loggers import TensorBoardLogger
 from rich.console import Console
-from rich.progress import track
 
-from examples.arguments import at_least
+from examples.arguments import add_sweep_arguments, at_least, run_sweep
 from examples.asu.figures import figure1, figure2, removal
 from examples.asu.problem import METHODS, PROBLEMS
 from examples.asu.tables import pivot, sizes, table2, table3
-from examples.asu.training import run
+from examples.asu.training import result
 from examples.data import is_here
-from examples.results import Row, save, save_whole
+from examples.results import Row, save
+from lightning_cpna.sweeps import grid
 
 FIGURE_SETS = ["Lung-discrete", "Yale", "madelon", "PCMAC"]
 
@@ -40,40 +36,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--validate", action="store_true", help="hold out a quarter of the training part instead of the test"
     )
-    parser.add_argument("--data", type=Path, help="folder with asu/*.mat (default: LIGHTNING_CPNA_DATA, or download)")
-    parser.add_argument(
-        "--jobs", type=at_least(1), default=os.cpu_count(), help="parallel processes (default: the cores)"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/asu"), help="where everything is written")
+    add_sweep_arguments(parser, "runs/asu")
     return parser.parse_args(arguments)
 
 
 def train_all(args: argparse.Namespace, sets: Sequence[str], methods: Sequence[str], console: Console) -> list[Row]:
     """Train every method on every data set with every seed; what was finished before is read, not run again."""
-    folder = args.out / ("validation" if args.validate else "runs")
-    folder.mkdir(parents=True, exist_ok=True)
-    seeds = range(args.first_seed, args.first_seed + args.seeds)
-    wanted = [
-        (name, method, seed, folder / f"{name}_{method.replace(' ', '_')}_{seed}.json")
-        for seed in seeds
-        for method in methods
-        for name in sets
-    ]
-    missing = [job for job in wanted if not job[3].is_file()]
-    calls = [
-        joblib.delayed(_train)(name, method, seed, args.data, args.validate, file)
-        for name, method, seed, file in missing
-    ]
-    runs = joblib.Parallel(n_jobs=args.jobs, return_as="generator_unordered")(calls)
-    for _ in track(runs, "training", total=len(calls), console=console):
-        pass
-    return [json.loads(file.read_text()) for *_, file in wanted]
+    settings = grid(seed=_seeds(args), method=methods, set=sets, **({"validate": [True]} if args.validate else {}))
+    return run_sweep(
+        args,
+        partial(result, folder=args.data, board=args.out / "tensorboard"),
+        settings,
+        title="training",
+    )
 
 
-def _train(name: str, method: str, seed: int, folder: Path | None, validate: bool, file: Path) -> None:
-    board = TensorBoardLogger(file.parents[1] / "tensorboard", f"{name}_{method.replace(' ', '_')}", f"seed_{seed}")
-    row, _ = run(name, method, seed, folder, validate=validate, logger=board)
-    save_whole(row, file)
+def _seeds(args: argparse.Namespace) -> range:
+    return range(args.first_seed, args.first_seed + args.seeds)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -91,13 +70,12 @@ def main(arguments: list[str] | None = None) -> None:
         console.print(f"results:  {save([{**row, 'train': []} for row in rows], args.out, 'table2')}")
         print(table2(rows))
     if args.figure1:
-        calls = [
-            joblib.delayed(removal)(name, args.first_seed + i, args.data)
-            for name in args.sets or FIGURE_SETS
-            for i in range(args.seeds)
-        ]
-        found = joblib.Parallel(n_jobs=args.jobs, return_as="generator")(calls)
-        rows = [row for part in track(found, "removing", total=len(calls), console=console) for row in part]
+        rows = run_sweep(
+            args,
+            partial(removal, folder=args.data),
+            grid(set=args.sets or FIGURE_SETS, seed=_seeds(args)),
+            title="removing",
+        )
         console.print(f"results:  {save(rows, args.out, 'figure1')}")
         console.print(f"figure:   {figure1(rows, args.out)}")
     if args.figure2:

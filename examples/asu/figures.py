@@ -22,14 +22,14 @@ ORDERS = {
 }
 
 
-def removal(name: str, seed: int, folder: Path | None = None) -> list[Row]:
+def removal(set: str, seed: int, folder: Path | None = None) -> list[Row]:
     """Train a SET network, and remove ever more neurons of it, without training on.
 
     Returns:
         The test accuracies at the removed ``FRACTIONS``, a row for each hidden layer and order.
     """
-    _, module = run(name, "SET", seed, folder)
-    train, test = data(name, seed, folder, RECIPES[name].inputs)
+    _, module = run(set, "SET", seed, folder)
+    train, test = data(set, seed, folder, RECIPES[set].inputs)
     rows = []
     for which in WHICH:
         for order, score in ORDERS.items():
@@ -49,7 +49,7 @@ def removal(name: str, seed: int, folder: Path | None = None) -> list[Row]:
                         scores = score(UnitInputs.of(sparsity, weight, generator))
                         sparsity.prune_units_(budget, stay, {weight: scores})
                 accuracies.append(round(accuracy(work, test), 3))
-            rows.append({"set": name, "seed": seed, "layer": which, "order": order, "test": accuracies})
+            rows.append({"set": set, "seed": seed, "layer": which, "order": order, "test": accuracies})
     return rows
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
 from examples.asu.problem import EPSILON, METHODS, NEURONS, PROBLEMS, Problem, pruned_widths
@@ -233,3 +234,34 @@ def run(
         "train": [round(value, 3) for value in curves.curves["train"]],
     }
     return row, module
+
+
+def result(
+    *,
+    set: str,
+    method: str,
+    seed: int,
+    validate: bool = False,
+    folder: Path | None = None,
+    board: Path | None = None,
+) -> Row:
+    """Train one network as `run` does, and return its result.
+
+    Args:
+        set: The data set.
+        method: One of ``METHODS``.
+        seed: As in `run`.
+        validate: As in `run`.
+        folder: The data folder.
+        board: The folder of TensorBoard runs.
+    """
+    name = f"{set}_{method.replace(' ', '_')}" + "_validation" * validate
+    row, _ = run(
+        set,
+        method,
+        seed,
+        folder,
+        validate=validate,
+        logger=TensorBoardLogger(board, name, f"seed_{seed}") if board else False,
+    )
+    return row

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
+from functools import partial
 
-import joblib
 from rich.console import Console
-from rich.progress import track
 
-from examples.arguments import at_least
+from examples.arguments import add_sweep_arguments, at_least, run_sweep
 from examples.results import Row, save
 from examples.saliency.experiments import EXPERIMENTS
 from examples.saliency.figures import FIGURES
+from lightning_cpna.sweeps import grid
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -27,11 +25,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="what to run (default: curves removable)",
     )
     parser.add_argument("--seeds", type=at_least(1), default=2, help="how many seeds (default: 2)")
-    parser.add_argument("--data", type=Path, help="folder with mnist/*.gz (default: LIGHTNING_CPNA_DATA, or download)")
-    parser.add_argument(
-        "--jobs", type=at_least(1), default=os.cpu_count(), help="parallel processes (default: the cores)"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/saliency"), help="where everything is written")
+    add_sweep_arguments(parser, "runs/saliency")
     return parser.parse_args(arguments)
 
 
@@ -46,9 +40,12 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console()
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.experiments:
-        calls = [joblib.delayed(EXPERIMENTS[name])(seed, args.data) for seed in range(args.seeds)]
-        runs = joblib.Parallel(n_jobs=args.jobs, return_as="generator")(calls)
-        rows: list[Row] = [row for run in track(runs, name, total=len(calls), console=console) for row in run]
+        rows = run_sweep(
+            args,
+            partial(EXPERIMENTS[name], folder=args.data),
+            grid(seed=range(args.seeds)),
+            title=name,
+        )
         console.print(f"results:  {save(map(rounded, rows), args.out, name)}")
         for figure in FIGURES[name](rows, args.out):
             console.print(f"figure:   {figure}")

@@ -133,3 +133,16 @@ EXPERIMENTS: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "objection": objection,
     "transfer": transfer,
 }
+
+
+def run(*, experiment: str, seed: int, epochs: int, folder: Path | None = None, board: Path | None = None) -> list[Row]:
+    """Run one experiment; return a row for each round.
+
+    Args:
+        experiment: A key of ``EXPERIMENTS``.
+        seed: Of everything in it.
+        epochs: Of each round.
+        folder: The data folder.
+        board: The folder of TensorBoard runs.
+    """
+    return EXPERIMENTS[experiment](seed, folder, board, epochs)

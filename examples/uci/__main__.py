@@ -10,12 +10,12 @@ from typing import Any
 
 from rich.console import Console
 
-from examples.arguments import add_sweep_arguments, at_least
+from examples.arguments import add_sweep_arguments, at_least, run_sweep
 from examples.uci.recipes import METHODS, PROBLEMS, phases, shortened
 from examples.uci.runs import retrain
 from examples.uci.search import CHOSEN
 from examples.uci.tables import table3
-from lightning_cpna.sweeps import save_rows, sweep
+from lightning_cpna.sweeps import save_rows
 
 SIDE_BY_SIDE = 10  # chosen: networks in one fit; more gain little, and share a core
 FIRST_SEED = 10  # the recipes' phases come from a study on splits 0 to 4, and the settings from a search on split 0
@@ -94,14 +94,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Train what was not trained before, write the results, and print the table beside the paper's."""
     args = parse(arguments)
     console = Console()
-    rows = sweep(
+    rows = run_sweep(
+        args,
         partial(retrain, folder=args.data),
         args.settings,
-        args.out / "retrain",
-        n_jobs=args.jobs,
-        backend=args.backend,
         title="training",
-        console=console,
     )
     rows = [
         {key: value for key, value in (row | row["choice"]).items() if key not in ("choice", "seeds", "epochs")}

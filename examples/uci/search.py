@@ -11,12 +11,12 @@ from typing import Any
 
 from rich.console import Console
 
-from examples.arguments import add_sweep_arguments, at_least
+from examples.arguments import add_sweep_arguments, at_least, run_sweep
 from examples.results import Row, mean_and_spread
 from examples.uci.recipes import PROBLEMS, dense, phases, shortened
 from examples.uci.runs import cross_validate
 from examples.uci.training import Epochs
-from lightning_cpna.sweeps import grid, log_hparams, save_rows, sweep
+from lightning_cpna.sweeps import grid, log_hparams, save_rows
 
 CHOSEN = Path(__file__).parent / "results" / "chosen.json"
 HIDDEN, WEIGHT_DECAY, BATCH_SIZES = (
@@ -129,14 +129,11 @@ def main(arguments: list[str] | None = None) -> None:
             for setting in settings(stage, name, chosen.get(name, {}))
             for run in range(args.runs)
         ]
-        rows = sweep(
+        rows = run_sweep(
+            args,
             partial(cross_validate, folder=args.data),
             wanted,
-            args.out / "search",
-            n_jobs=args.jobs,
-            backend=args.backend,
             title=f"search: {stage}",
-            console=console,
         )
         rows = [{key: value for key, value in row.items() if key not in ("choices", "epochs")} for row in rows]
         console.print(f"results:  {save_rows(rows, args.out / f'search_{stage}.csv')}")

@@ -6,20 +6,17 @@ import argparse
 import json
 import os
 import sys
-import tempfile
-import threading
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-import joblib
-import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from examples.arguments import at_least
-from examples.xor.figures import TITLES, save_figures
-from examples.xor.recipes import METHODS, PROBLEMS, recipe
+from examples.arguments import add_sweep_arguments, at_least, run_sweep
+from examples.xor.figures import save_figures
+from examples.xor.recipes import METHODS, PROBLEMS
 from examples.xor.table import rich_tables
-from examples.xor.training import Job, Run, train
+from examples.xor.training import Job, Run, run
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -40,12 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=["nn", "cpna_hidden", "cpna_all", "fsa_cpna"],
         help="what to train (default: nn cpna_hidden cpna_all fsa_cpna)",
     )
-    parser.add_argument(
-        "--jobs", type=at_least(1), default=os.cpu_count(), help="parallel processes (default: the cores)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/xor"), help="where everything is written (default: runs/xor)"
-    )
+    add_sweep_arguments(parser, "runs/xor", data=False)
     args = parser.parse_args(arguments)
     ks = list(PROBLEMS) if args.k == "all" else [int(args.k)]
     if args.p is not None and args.p < max(ks):
@@ -59,46 +51,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def run_all(jobs: list[Job], n_jobs: int, out: Path, console: Console) -> list[Run]:
-    """Train jobs in parallel processes, with a progress bar each."""
-    totals = [sum(phase.steps(job.n) for phase, _ in recipe(job.k, job.method)) for job in jobs]
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"))
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bars,
-    ):
-        steps = np.memmap(Path(folder) / "steps", dtype=np.int64, mode="w+", shape=len(jobs))
-        tasks = [
-            bars.add_task(f"{job.k}-D {TITLES[job.method]}, seed {job.seed}", total=total)
-            for job, total in zip(jobs, totals, strict=True)
-        ]
-        done = threading.Event()
-
-        def watch() -> None:
-            while not done.wait(0.5):
-                for task, step in zip(tasks, steps, strict=True):
-                    bars.update(task, completed=int(step))
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        try:
-            runs: list[Run] = joblib.Parallel(n_jobs=n_jobs)(
-                joblib.delayed(train)(job, out, steps, index) for index, job in enumerate(jobs)
-            )
-        finally:
-            done.set()
-            watcher.join()
-        for task, total in zip(tasks, totals, strict=True):
-            bars.update(task, completed=total)
-    return runs
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Train, print the table beside the paper's, and write results, figures and TensorBoard runs."""
     args = parse(arguments)
     console = Console()
-    args.out.mkdir(parents=True, exist_ok=True)
-    runs = run_all(args.jobs_to_run, args.jobs, args.out, console)
+    rows = run_sweep(
+        args, partial(run, board=args.out / "tensorboard"), map(asdict, args.jobs_to_run), title="training"
+    )
+    runs = [Run.of_row(row) for row in rows]
     results = [run.as_dict() for run in runs]
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     figures = save_figures(runs, args.out)

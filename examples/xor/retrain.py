@@ -7,11 +7,9 @@ random weights, and from the initial weights.
 from __future__ import annotations
 
 import argparse
-import os
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import joblib
 import matplotlib
 
 matplotlib.use("Agg")
@@ -20,15 +18,15 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from rich.console import Console
-from rich.progress import track
 
-from examples.arguments import at_least
+from examples.arguments import add_sweep_arguments, at_least, run_sweep
 from examples.quiet import silence
 from examples.readme import fill
 from examples.results import Row, load, mean_and_spread, save
 from examples.xor.problem import Phases, XORDataModule, XORNet
 from examples.xor.recipes import PROBLEMS, callbacks, recipe
 from lightning_cpna import TicketRewind
+from lightning_cpna.sweeps import grid
 
 PRUNED = {"cpna_hidden": "hidden layer", "cpna_all": "both layers"}
 PAPER = {3: (70.47, 71.68), 4: (52.83, 69.32), 5: (53.21, 66.29)}  # Table 1: random and init
@@ -121,10 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--seeds", type=at_least(1), default=2, help="how many seeds (default: 2)")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default: 0)")
-    parser.add_argument(
-        "--jobs", type=at_least(1), default=os.cpu_count(), help="parallel processes (default: the cores)"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/xor"), help="where everything is written (runs/xor)")
+    add_sweep_arguments(parser, "runs/xor_retrain", data=False)
     parser.add_argument(
         "--from-results", nargs="+", type=Path, help="train nothing: gather the results of these folders"
     )
@@ -135,14 +130,12 @@ def main(arguments: list[str] | None = None) -> None:
     if args.from_results:
         rows = [row for folder in args.from_results for row in load(folder, "retrain")]
     else:
-        calls: list[Any] = [
-            joblib.delayed(retrain)(k, method, args.first_seed + i, args.out / "tensorboard")
-            for k in args.k
-            for method in args.methods
-            for i in range(args.seeds)
-        ]
-        runs = joblib.Parallel(n_jobs=args.jobs, return_as="generator")(calls)
-        rows = [row for run in track(runs, "retraining", total=len(calls), console=console) for row in run]
+        rows = run_sweep(
+            args,
+            partial(retrain, board=args.out / "tensorboard"),
+            grid(k=args.k, method=args.methods, seed=range(args.first_seed, args.first_seed + args.seeds)),
+            title="retraining",
+        )
     console.print(f"results:      {save(rows, args.out, 'retrain')}")
     draw(rows, args.out / "retrain.png")
     print(table(rows))

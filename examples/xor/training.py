@@ -5,17 +5,17 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from torchmetrics.functional.classification import binary_auroc
 
 from examples.quiet import silence
+from examples.results import Row
 from examples.xor.problem import Phases, XORDataModule, XORNet
 from examples.xor.recipes import HIDDEN, INPUT, callbacks, recipe
 from lightning_cpna import Connectivity, connectivity, sparsity_of, trace
@@ -80,25 +80,38 @@ class Run:
             "seconds": round(self.seconds, 2),
         }
 
+    def row(self) -> Row:
+        """Return everything as JSON values."""
+        layers = [(name, *(part.tolist() for part in parts)) for name, *parts in self.connectivity.layers]
+        curves = {"history": self.history, "boundaries": self.boundaries}
+        return {
+            **self.as_dict(),
+            **curves,
+            "layers": [list(layer) for layer in layers],
+            "sizes": list(self.connectivity.sizes),
+        }
+
+    @classmethod
+    def of_row(cls, row: Row) -> Run:
+        """Read what `row` returned."""
+        found = {field.name: row[field.name] for field in fields(cls) if field.name in row}
+        layers = tuple((name, *map(torch.tensor, parts)) for name, *parts in row["layers"])
+        return cls(
+            **found,
+            job=Job(**{field.name: row[field.name] for field in fields(Job)}),
+            connectivity=Connectivity(layers, tuple(row["sizes"])),
+        )
+
 
 @dataclass
 class History(pl.Callback):
-    """Keeps the curves of a run, and shows the outside how far it is.
+    """Keeps the curves of a run.
 
     Attributes:
-        progress: A shared array of steps done, one element a job, or None.
-        index: Which element is this run's.
         curves: The values at every validation.
     """
 
-    progress: np.ndarray[Any, Any] | None = None
-    index: int = 0
     curves: dict[str, list[float]] = field(default_factory=dict)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Tell how far the run is."""
-        if self.progress is not None:
-            self.progress[self.index] = trainer.global_step
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the values of this moment."""
@@ -135,14 +148,22 @@ class TrainingCheck(pl.Callback):
                 warnings.filterwarnings("ignore", message=".*training ended with.*")
 
 
-def train(job: Job, out: Path, progress: np.ndarray[Any, Any] | None = None, index: int = 0) -> Run:
+def run(*, board: Path, **job: Any) -> Row:
+    """Train a job, given by its fields, and return its `Run` as JSON values.
+
+    Args:
+        board: The folder of TensorBoard runs.
+        job: The fields of `Job`.
+    """
+    return train(Job(**job), board).row()
+
+
+def train(job: Job, board: Path) -> Run:
     """Train a job; where features are annealed, start anew from another initialisation if the training set is not learned.
 
     Args:
         job: What to train.
-        out: The folder for the TensorBoard run.
-        progress: A shared array of steps done.
-        index: This run's element of it.
+        board: The folder of TensorBoard runs.
     """
     silence()
     torch.set_num_threads(1)
@@ -158,9 +179,9 @@ def train(job: Job, out: Path, progress: np.ndarray[Any, Any] | None = None, ind
         pl.seed_everything(job.seed + 1_000_000 * (tries - 1), verbose=False)
         data = XORDataModule(job.k, job.p, job.n, job.seed, phases)
         module = XORNet(job.p, job.hidden, phases, job.n)
-        history, check = History(progress, index), TrainingCheck(accepted if tries < MAX_TRIES else {})
+        history, check = History(), TrainingCheck(accepted if tries < MAX_TRIES else {})
         logger = TensorBoardLogger(
-            out / "tensorboard",
+            board,
             name=f"{job.k}d_p{job.p}_{job.method}",
             version=f"seed_{job.seed}",
             default_hp_metric=False,

@@ -1,0 +1,109 @@
+"""The local minima of one network, sorted (Guo et al., Figs. 1 and 2): `python -m examples.xor.minima`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from torch import Tensor
+
+from examples.arguments import add_sizes, add_sweep_arguments, run_sweep
+from examples.results import Row
+from examples.xor.dense import dense
+from lightning_cpna.sweeps import grid, save_rows
+
+K, N, HIDDEN = 3, 3000, 20
+DIMENSIONS = [3, 10, 20, 30, 40]
+SIZES = {"quick": (10, 1, 30), "reduced": (100, 3, 100), "full": (100, 10, 100)}  # initialisations, data sets, epochs
+
+
+def settings(size: str) -> list[Row]:
+    """Return what is trained."""
+    n_inits, n_sets, epochs = SIZES[size]
+    return grid(
+        k=[K],
+        n=[N],
+        hidden=[HIDDEN],
+        n_inits=[n_inits],
+        epochs=[epochs],
+        weight_decay=[0.0],
+        data_seed=range(n_sets),
+        p=DIMENSIONS,
+    )
+
+
+def by_rank(rows: list[Row], p: int, value: str) -> Tensor:
+    """Return a value of the minima, in the order of the training loss, ``(data set, rank)``."""
+    sets = sorted({row["data_seed"] for row in rows})
+    ordered = [
+        sorted((row for row in rows if (row["p"], row["data_seed"]) == (p, seed)), key=lambda row: row["loss"])
+        for seed in sets
+    ]
+    return torch.tensor([[row[value] for row in one] for one in ordered])
+
+
+def figure(rows: list[Row]) -> Figure:
+    """Draw the training loss and the test AUC of the minima in the order of the loss: mean and range over data sets."""
+    drawn = Figure(figsize=(10, 4), layout="constrained")
+    left, right = drawn.subplots(1, 2)
+    for colour, p in enumerate(dict.fromkeys(row["p"] for row in rows)):
+        for axes, value in ((left, "loss"), (right, "test_auc")):
+            values = by_rank(rows, p, value)
+            ranks = range(1, values.shape[1] + 1)
+            axes.plot(ranks, values.mean(0), color=f"C{colour}", label=f"p = {p}")
+            axes.fill_between(ranks, values.amin(0), values.amax(0), color=f"C{colour}", alpha=0.15, lw=0)
+    left.set(ylabel="training cross-entropy", xlabel="initialisation, by training loss")
+    right.set(ylabel="test AUC, %", xlabel="initialisation, by training loss")
+    left.legend(frameon=False)
+    first = rows[0]
+    n_sets = len({row["data_seed"] for row in rows})
+    drawn.suptitle(
+        f"{first['k']}-D XOR in p dimensions, {first['hidden']} hidden units: {first['n_inits']} initialisations, "
+        f"mean and range over {n_sets} data sets"
+    )
+    return drawn
+
+
+def table(rows: list[Row]) -> str:
+    """Return in Markdown how the minima of a data set differ: the mean over data sets of what is worst, median and best."""
+    lines = [
+        "| p | training loss: lowest, median, highest | test AUC % of these | AUC > 95 |",
+        "| ---: | ---: | ---: | ---: |",
+    ]
+    for p in dict.fromkeys(row["p"] for row in rows):
+        loss, auc = by_rank(rows, p, "loss").mean(0), by_rank(rows, p, "test_auc")
+        middle = len(loss) // 2
+        share = (auc > 95).float().mean()
+        auc = auc.mean(0)
+        lines.append(
+            f"| {p} | {loss[0]:.3f}, {loss[middle]:.3f}, {loss[-1]:.3f} "
+            f"| {auc[0]:.1f}, {auc[middle]:.1f}, {auc[-1]:.1f} | {share:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train, write the minima, and draw them."""
+    parser = argparse.ArgumentParser(prog="python -m examples.xor.minima", description=__doc__)
+    add_sizes(parser, {name: f"{a} initialisations on {b} data sets" for name, (a, b, _) in SIZES.items()})
+    add_sweep_arguments(parser, "runs/xor_minima", data=False)
+    args = parser.parse_args(arguments)
+    console = Console()
+    rows = run_sweep(args, dense, settings(args.size), title="minima")
+    console.print(f"results:  {save_rows(rows, args.out / 'minima.csv')}")
+    console.print(f"figure:   {save(rows, args.out)}")
+    print(table(rows))
+
+
+def save(rows: list[Row], folder: Path) -> Path:
+    """Draw into a folder; return the file."""
+    file = folder / "minima.png"
+    figure(rows).savefig(file, dpi=110)
+    return file
+
+
+if __name__ == "__main__":
+    main()
