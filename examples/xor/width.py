@@ -1,0 +1,95 @@
+"""Test AUC against the number of hidden units (Guo et al., Figs. 4 and 6): `python -m examples.xor.width`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from examples.arguments import add_sizes, add_sweep_arguments, run_sweep
+from examples.results import Row, mean_and_spread
+from examples.xor.dense import dense
+from examples.xor.figures import TITLES
+from examples.xor.pruned import pruned
+from examples.xor.recipes import PROBLEMS
+from lightning_cpna.sweeps import grid, save_rows
+
+N, FIRST_SEED = 3000, 3000
+P = 15  # of the 5-D problem on which the three methods are compared
+METHODS = ["nn", "cpa_hidden", "cpna_hidden"]
+SIZES = {  # seeds, initialisations of NN on each; hidden units of NN, and of the three methods
+    "quick": (1, 1, [16, 64, 256], [128]),
+    "reduced": (3, 2, [16, 64, 256, 1024, 4096], [256, 512, 1024, 2048]),
+    "full": (10, 10, [16, 32, 64, 128, 256, 512, 1024, 2048, 4096], [256, 512, 1024, 2048, 4096]),
+}
+
+
+def draw(rows: list[Row]) -> Figure:
+    """Draw the test AUC against the hidden units: of NN on the three problems, and of NN, CPA and CPNA on one."""
+    drawn = Figure(figsize=(10, 4), layout="constrained")
+    left, right = drawn.subplots(1, 2)
+    for colour, (k, problem) in enumerate(PROBLEMS.items()):
+        own = [row for row in rows if (row["k"], row["p"], row["figure"]) == (k, problem.p, 4)]
+        _line(left, own, f"{k}-D, p = {problem.p}", f"C{colour}")
+    for method, shade in zip(METHODS, ("C7", "C1", "C2"), strict=True):
+        _line(right, [row for row in rows if (row["method"], row["figure"]) == (method, 6)], TITLES[method], shade)
+    left.set_title("NN (Fig. 4)")
+    right.set_title(f"5-D, p = {P}: hidden layer to 64 connections (Fig. 6)")
+    n_seeds = len({row["data_seed"] for row in rows})
+    drawn.suptitle(f"XOR, {N} samples; mean and standard deviation over {n_seeds} data sets")
+    for axes in (left, right):
+        axes.set(xscale="log", xlabel="hidden units", ylabel="test AUC, %")
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
+    return drawn
+
+
+def _line(axes: object, rows: list[Row], label: str, colour: str) -> None:
+    found = mean_and_spread(rows, ("hidden",), "test_auc")
+    widths = sorted(width for (width,) in found)
+    means, spreads = zip(*(found[(width,)] for width in widths), strict=True)
+    axes.errorbar(widths, means, spreads, fmt="o-", ms=3, capsize=2, color=colour, label=label)  # type: ignore[attr-defined]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train, write the results, and draw them."""
+    parser = argparse.ArgumentParser(prog="python -m examples.xor.width", description=__doc__)
+    add_sizes(
+        parser, {size: f"{it[0]} data sets, NN from {it[1]} initialisations on each" for size, it in SIZES.items()}
+    )
+    add_sweep_arguments(parser, "runs/xor_width", data=False)
+    args = parser.parse_args(arguments)
+    n_seeds, n_inits, widths, compared = SIZES[args.size]
+    seeds = range(FIRST_SEED, FIRST_SEED + n_seeds)
+    nn = [
+        setting
+        for k, problem in PROBLEMS.items()
+        for setting in grid(
+            k=[k],
+            p=[problem.p],
+            n=[N],
+            hidden=widths,
+            data_seed=seeds,
+            n_inits=[n_inits],
+            epochs=[100],
+            weight_decay=[1e-3],
+        )
+    ]
+    three = grid(k=[5], p=[P], n=[N], hidden=compared, method=METHODS, data_seed=seeds)
+    rows = [{"figure": 4, "method": "nn", **row} for row in run_sweep(args, dense, nn, title="Fig. 4")]
+    rows += [{"figure": 6, **row} for row in run_sweep(args, pruned, three, title="Fig. 6")]
+    Console().print(f"results:  {save_rows(rows, args.out / 'width.csv')}")
+    Console().print(f"figure:   {save(rows, args.out)}")
+
+
+def save(rows: list[Row], folder: Path) -> Path:
+    """Draw into a folder; return the file."""
+    file = folder / "width.png"
+    draw(rows).savefig(file, dpi=110)
+    return file
+
+
+if __name__ == "__main__":
+    main()
