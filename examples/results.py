@@ -9,6 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from lightning_cpna.sweeps import save_rows
+
 Row = dict[str, Any]
 
 
@@ -17,6 +22,14 @@ def save(rows: Iterable[Row], folder: Path, name: str) -> Path:
     file = folder / f"{name}.json"
     file.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     return file
+
+
+def save_figure(rows: Iterable[Row], figure: Figure, folder: Path, name: str) -> None:
+    """Write a figure and the rows that it shows, ``NAME.png`` and ``NAME.csv``, and say where."""
+    console = Console()
+    console.print(f"results:  {save_rows(rows, folder / f'{name}.csv')}")
+    figure.savefig(folder / f"{name}.png", dpi=110)
+    console.print(f"figure:   {folder / f'{name}.png'}")
 
 
 def load(folder: Path, name: str) -> list[Row]:

@@ -134,7 +134,6 @@ def fit(module: Networks, batch_size: int, callbacks: Sequence[Any] = ()) -> Non
         callbacks: Lightning callbacks.
     """
     silence()
-    torch.set_num_threads(1)
     trainer = pl.Trainer(
         max_epochs=module.first + module.fine_tuning,
         accelerator="cpu",

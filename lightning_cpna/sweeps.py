@@ -129,8 +129,7 @@ def sweep(
         with joblib.parallel_config(backend=backend):
             found = Parallel(n_jobs=n_jobs)(joblib.delayed(_run)(function, setting, file) for file, setting in missing)
     failures = [failure for failure in found if failure is not None]
-    failed = [failure.setting for failure in failures]
-    rows = [row for file, setting in files.items() if setting not in failed for row in _read(file)]
+    rows = [row for file in files if file.is_file() for row in _read(file)]
     if failures:
         raise SweepError(failures, rows, len(files))
     return rows
@@ -149,9 +148,7 @@ def save_rows(rows: Iterable[Mapping[str, Any]], file: str | Path) -> Path:
     """
     import pandas as pd
 
-    file = Path(file)
-    if file.suffix not in (".csv", ".parquet"):
-        raise ValueError(f"file is {file}; allowed is one that ends in .csv or .parquet")
+    file = _table(file)
     table = pd.DataFrame(list(rows)).convert_dtypes()
     unfinished = file.with_name(file.name + ".part")
     if file.suffix == ".csv":
@@ -171,9 +168,7 @@ def load_rows(file: str | Path) -> list[Row]:
     """
     import pandas as pd
 
-    file = Path(file)
-    if file.suffix not in (".csv", ".parquet"):
-        raise ValueError(f"file is {file}; allowed is one that ends in .csv or .parquet")
+    file = _table(file)
     table = pd.read_csv(file) if file.suffix == ".csv" else pd.read_parquet(file)
     records = table.convert_dtypes().to_dict("records")
     return [{str(name): value for name, value in record.items() if not pd.isna(value)} for record in records]
@@ -223,6 +218,13 @@ def _files(function: RunFunction, settings: list[dict[str, Any]], folder: Path) 
             raise ValueError(f"settings has {setting} twice; allowed is each once")
         files[file] = setting
     return files
+
+
+def _table(file: str | Path) -> Path:
+    file = Path(file)
+    if file.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"file is {file}; allowed is one that ends in .csv or .parquet")
+    return file
 
 
 def _name(function: Any) -> str:

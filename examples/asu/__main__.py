@@ -40,7 +40,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def train_all(args: argparse.Namespace, sets: Sequence[str], methods: Sequence[str], console: Console) -> list[Row]:
+def train_all(args: argparse.Namespace, sets: Sequence[str], methods: Sequence[str]) -> list[Row]:
     """Train every method on every data set with every seed; what was finished before is read, not run again."""
     settings = grid(seed=_seeds(args), method=methods, set=sets, **({"validate": [True]} if args.validate else {}))
     return run_sweep(
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(table3(rows))
     if args.table2:
         sets = args.sets or [name for name in PROBLEMS if is_here(name, args.data)]
-        rows = train_all(args, sets, args.methods or METHODS[:6], console)
+        rows = train_all(args, sets, args.methods or METHODS[:6])
         console.print(f"results:  {save([{**row, 'train': []} for row in rows], args.out, 'table2')}")
         print(table2(rows))
     if args.figure1:
@@ -79,11 +79,11 @@ def main(arguments: list[str] | None = None) -> None:
         console.print(f"results:  {save(rows, args.out, 'figure1')}")
         console.print(f"figure:   {figure1(rows, args.out)}")
     if args.figure2:
-        rows = train_all(args, args.sets or FIGURE_SETS, ("SET", "NPSET", "Dense"), console)
+        rows = train_all(args, args.sets or FIGURE_SETS, ("SET", "NPSET", "Dense"))
         console.print(f"results:  {save(rows, args.out, 'figure2')}")
         console.print(f"figure:   {figure2(rows, args.out)}")
     if not (args.table2 or args.table3 or args.figure1 or args.figure2):
-        rows = train_all(args, args.sets or ["Lung-discrete"], args.methods or ("SET", "NPSET"), console)
+        rows = train_all(args, args.sets or ["Lung-discrete"], args.methods or ("SET", "NPSET"))
         print(pivot(rows))
     if (board := args.out / "tensorboard").is_dir():
         console.print(f"TensorBoard: tensorboard --logdir {board}")

@@ -38,7 +38,6 @@ def main(arguments: list[str] | None = None) -> None:
     """Run experiments over seeds, and write their results and figures."""
     args = parse(arguments)
     console = Console()
-    args.out.mkdir(parents=True, exist_ok=True)
     for name in args.experiments:
         rows = run_sweep(
             args,

@@ -5,23 +5,21 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc
 
 from examples.arguments import add_sizes, add_sweep_arguments, run_sweep
 from examples.data import Split, loader
 from examples.quiet import silence
-from examples.results import Row, mean_and_spread
+from examples.results import Row, mean_and_spread, save_figure
 from examples.xor.problem import XORData
 from lightning_cpna import Annealing, CPNAPruning, Geometric, sparsity_of
-from lightning_cpna.sweeps import grid, save_rows
+from lightning_cpna.sweeps import grid
 
 K, P, N = 3, 60, 3000
 BATCH_SIZE, LR, WEIGHT_DECAY = 250, 1e-3, 1e-3  # the rates, epochs and counts were chosen on seeds 200 to 202
@@ -116,7 +114,6 @@ def deep(*, depth: int, method: str, seed: int, epochs: int) -> Row:
         The AUC on the training and test set in percent, and the live connections.
     """
     silence()
-    torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(seed)
     train, test = XORData(K, P, N, generator), XORData(K, P, N, generator)
     widths, counts = DEPTHS[depth]
@@ -158,7 +155,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def figure(rows: list[Row]) -> Figure:
+def draw(rows: list[Row]) -> Figure:
     """Draw the test AUC of every seed, one panel a depth."""
     drawn = Figure(figsize=(8, 3.6), layout="constrained")
     for axes, depth in zip(drawn.subplots(1, len(DEPTHS), sharey=True), DEPTHS, strict=True):
@@ -182,16 +179,8 @@ def main(arguments: list[str] | None = None) -> None:
     n_seeds, epochs = SIZES[args.size]
     seeds = range(FIRST_SEED, FIRST_SEED + n_seeds)
     rows = run_sweep(args, deep, grid(depth=DEPTHS, method=METHODS, seed=seeds, epochs=[epochs]), title="deep")
-    Console().print(f"results:  {save_rows(rows, args.out / 'deep.csv')}")
-    Console().print(f"figure:   {save(rows, args.out)}")
+    save_figure(rows, draw(rows), args.out, "deep")
     print(table(rows))
-
-
-def save(rows: list[Row], folder: Path) -> Path:
-    """Draw into a folder; return the file."""
-    file = folder / "deep.png"
-    figure(rows).savefig(file, dpi=110)
-    return file
 
 
 if __name__ == "__main__":

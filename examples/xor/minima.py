@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
 from torch import Tensor
 
 from examples.arguments import add_sizes, add_sweep_arguments, run_sweep
-from examples.results import Row
+from examples.results import Row, save_figure
 from examples.xor.dense import dense
-from lightning_cpna.sweeps import grid, save_rows
+from lightning_cpna.sweeps import grid
 
 K, N, HIDDEN = 3, 3000, 20
 DIMENSIONS = [3, 10, 20, 30, 40]
@@ -45,7 +43,7 @@ def by_rank(rows: list[Row], p: int, value: str) -> Tensor:
     return torch.tensor([[row[value] for row in one] for one in ordered])
 
 
-def figure(rows: list[Row]) -> Figure:
+def draw(rows: list[Row]) -> Figure:
     """Draw the training loss and the test AUC of the minima in the order of the loss: mean and range over data sets."""
     drawn = Figure(figsize=(10, 4), layout="constrained")
     left, right = drawn.subplots(1, 2)
@@ -91,18 +89,9 @@ def main(arguments: list[str] | None = None) -> None:
     add_sizes(parser, {name: f"{a} initialisations on {b} data sets" for name, (a, b, _) in SIZES.items()})
     add_sweep_arguments(parser, "runs/xor_minima", data=False)
     args = parser.parse_args(arguments)
-    console = Console()
     rows = run_sweep(args, dense, settings(args.size), title="minima")
-    console.print(f"results:  {save_rows(rows, args.out / 'minima.csv')}")
-    console.print(f"figure:   {save(rows, args.out)}")
+    save_figure(rows, draw(rows), args.out, "minima")
     print(table(rows))
-
-
-def save(rows: list[Row], folder: Path) -> Path:
-    """Draw into a folder; return the file."""
-    file = folder / "minima.png"
-    figure(rows).savefig(file, dpi=110)
-    return file
 
 
 if __name__ == "__main__":

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from examples.results import Row
 from examples.xor.training import Job, train
 
@@ -20,8 +17,7 @@ def pruned(*, k: int, p: int, n: int, hidden: int, method: str, data_seed: int) 
         method: As `examples.xor.recipes` has it.
         data_seed: Of data, initialisation and batches.
     """
-    with tempfile.TemporaryDirectory() as board:
-        run = train(Job(k, p, n, hidden, method, data_seed), Path(board))
+    run = train(Job(k, p, n, hidden, method, data_seed))
     return {
         "train_auc": round(run.train_auc, 4),
         "test_auc": round(run.test_auc, 4),

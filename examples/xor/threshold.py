@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from examples.arguments import add_sizes, add_sweep_arguments, run_sweep
-from examples.results import Row
+from examples.results import Row, save_figure
 from examples.xor.dense import dense
 from examples.xor.pruned import pruned
-from lightning_cpna.sweeps import grid, save_rows
+from lightning_cpna.sweeps import grid
 
 K, HIDDEN, FIRST_SEED = 3, 1024, 3000
 SAMPLES = [1000, 3000, 10000]
@@ -59,15 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     nn = grid(**problems, n_inits=[1], epochs=[100], weight_decay=[1e-3])
     rows = [{"method": "nn", **row} for row in run_sweep(args, dense, nn, title="NN")]
     rows += run_sweep(args, pruned, grid(method=["fsa_cpna"], **problems), title="FSA + CPNA")
-    Console().print(f"results:  {save_rows(rows, args.out / 'threshold.csv')}")
-    Console().print(f"figure:   {save(rows, args.out)}")
-
-
-def save(rows: list[Row], folder: Path) -> Path:
-    """Draw into a folder; return the file."""
-    file = folder / "threshold.png"
-    draw(rows).savefig(file, dpi=110)
-    return file
+    save_figure(rows, draw(rows), args.out, "threshold")
 
 
 if __name__ == "__main__":

@@ -82,12 +82,11 @@ class Run:
 
     def row(self) -> Row:
         """Return everything as JSON values."""
-        layers = [(name, *(part.tolist() for part in parts)) for name, *parts in self.connectivity.layers]
-        curves = {"history": self.history, "boundaries": self.boundaries}
         return {
             **self.as_dict(),
-            **curves,
-            "layers": [list(layer) for layer in layers],
+            "history": self.history,
+            "boundaries": self.boundaries,
+            "layers": [[name, *(part.tolist() for part in parts)] for name, *parts in self.connectivity.layers],
             "sizes": list(self.connectivity.sizes),
         }
 
@@ -158,12 +157,12 @@ def run(*, board: Path, **job: Any) -> Row:
     return train(Job(**job), board).row()
 
 
-def train(job: Job, board: Path) -> Run:
+def train(job: Job, board: Path | None = None) -> Run:
     """Train a job; where features are annealed, start anew from another initialisation if the training set is not learned.
 
     Args:
         job: What to train.
-        board: The folder of TensorBoard runs.
+        board: The folder of TensorBoard runs; None: nothing is written.
     """
     silence()
     torch.set_num_threads(1)
@@ -180,7 +179,7 @@ def train(job: Job, board: Path) -> Run:
         data = XORDataModule(job.k, job.p, job.n, job.seed, phases)
         module = XORNet(job.p, job.hidden, phases, job.n)
         history, check = History(), TrainingCheck(accepted if tries < MAX_TRIES else {})
-        logger = TensorBoardLogger(
+        logger = board and TensorBoardLogger(
             board,
             name=f"{job.k}d_p{job.p}_{job.method}",
             version=f"seed_{job.seed}",
@@ -192,7 +191,7 @@ def train(job: Job, board: Path) -> Run:
             log_every_n_steps=20,
             accelerator="cuda" if torch.cuda.is_available() else "cpu",
             devices=1,
-            logger=logger,
+            logger=logger or False,
             callbacks=[Phases(phases, job.n), *callbacks(steps, job.n), history, check],
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -202,17 +201,19 @@ def train(job: Job, board: Path) -> Run:
             trainer.fit(module, data)
         if not check.failed:
             break
-        logger.finalize("failed")
-        folder = Path(logger.log_dir)
-        folder.rename(folder.with_name(f"{folder.name}_failed_{tries}"))
+        if logger:
+            logger.finalize("failed")
+            folder = Path(logger.log_dir)
+            folder.rename(folder.with_name(f"{folder.name}_failed_{tries}"))
     seconds = time.perf_counter() - started
     results: dict[str, float] = {}
     for metrics in trainer.validate(module, data, verbose=False):
         results.update(metrics)
-    logger.log_hyperparams(
-        asdict(job), {"final/auc_test": results["auc/test"], "final/auc_train": results["auc/train"]}
-    )
-    logger.finalize("success")
+    if logger:
+        logger.log_hyperparams(
+            asdict(job), {"final/auc_test": results["auc/test"], "final/auc_train": results["auc/train"]}
+        )
+        logger.finalize("success")
     sparsity = sparsity_of(module)
     sparsity.graph = sparsity.graph or trace(module, data.test.x[:8])
     chain = connectivity(sparsity)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from examples.arguments import add_sizes, add_sweep_arguments, run_sweep
-from examples.results import Row, mean_and_spread
+from examples.results import Row, mean_and_spread, save_figure
 from examples.xor.dense import dense
 from examples.xor.figures import TITLES
 from examples.xor.pruned import pruned
 from examples.xor.recipes import PROBLEMS
-from lightning_cpna.sweeps import grid, save_rows
+from lightning_cpna.sweeps import grid
 
 N, FIRST_SEED = 3000, 3000
 P = 15  # of the 5-D problem on which the three methods are compared
@@ -80,15 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     three = grid(k=[5], p=[P], n=[N], hidden=compared, method=METHODS, data_seed=seeds)
     rows = [{"figure": 4, "method": "nn", **row} for row in run_sweep(args, dense, nn, title="Fig. 4")]
     rows += [{"figure": 6, **row} for row in run_sweep(args, pruned, three, title="Fig. 6")]
-    Console().print(f"results:  {save_rows(rows, args.out / 'width.csv')}")
-    Console().print(f"figure:   {save(rows, args.out)}")
-
-
-def save(rows: list[Row], folder: Path) -> Path:
-    """Draw into a folder; return the file."""
-    file = folder / "width.png"
-    draw(rows).savefig(file, dpi=110)
-    return file
+    save_figure(rows, draw(rows), args.out, "width")
 
 
 if __name__ == "__main__":
