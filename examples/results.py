@@ -9,11 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from rich.console import Console
-
-from lightning_cpna.sweeps import save_rows
-
 Row = dict[str, Any]
 
 
@@ -24,12 +19,14 @@ def save(rows: Iterable[Row], folder: Path, name: str) -> Path:
     return file
 
 
-def save_figure(rows: Iterable[Row], figure: Figure, folder: Path, name: str) -> None:
-    """Write a figure and the rows that it shows, ``NAME.png`` and ``NAME.csv``, and say where."""
-    console = Console()
-    console.print(f"results:  {save_rows(rows, folder / f'{name}.csv')}")
-    figure.savefig(folder / f"{name}.png", dpi=110)
-    console.print(f"figure:   {folder / f'{name}.png'}")
+def counted(n: int, noun: str) -> str:
+    """Return how many there are of something, in words.
+
+    Example:
+        >>> counted(1, "data set"), counted(3, "data set")
+        ('1 data set', '3 data sets')
+    """
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def load(folder: Path, name: str) -> list[Row]:

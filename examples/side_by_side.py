@@ -101,6 +101,10 @@ class _Shuffled:
 
     def __init__(self, members: Sequence[Member], batch_size: int) -> None:
         self.sizes = [len(member.data.y) for member in members]
+        if min(self.sizes) < batch_size:
+            raise ValueError(
+                f"batch_size is {batch_size}; allowed is {min(self.sizes)} or less, the smallest data's size"
+            )
         self.batch_size = batch_size
         self.generators = [torch.Generator().manual_seed(member.seed) for member in members]
 
@@ -132,6 +136,9 @@ def fit(module: Networks, batch_size: int, callbacks: Sequence[Any] = ()) -> Non
         module: The networks.
         batch_size: Samples a step, of each.
         callbacks: Lightning callbacks.
+
+    Raises:
+        ValueError: If a member's data do not fill a batch.
     """
     silence()
     trainer = pl.Trainer(

@@ -139,6 +139,12 @@ def test_networks_side_by_side_are_each_one_alone() -> None:
             torch.testing.assert_close(ours, alone, rtol=0, atol=1e-10)
 
 
+def test_data_that_fill_no_batch_are_refused() -> None:
+    member = Member(nn.Linear(8, 3), blobs(30), 0, 1e-3, 0.0)
+    with pytest.raises(ValueError, match="batch_size is 32; allowed is 30 or less"):
+        fit(Networks([member], nn.functional.cross_entropy, 1, 0), 32)
+
+
 @pytest.mark.parametrize("method", ["CPNA", "CPA", "score only"])
 def test_every_network_ends_at_its_own_counts(method: str) -> None:
     parts = [splits(blobs(), seed, 0.1) for seed in range(2)]

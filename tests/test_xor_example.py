@@ -94,18 +94,22 @@ def test_a_run_that_does_not_learn_its_training_set_starts_anew_on_the_same_data
             starts.append((self.trainer.datamodule.train.x, self.net[0].weight.detach().clone()))  # type: ignore
 
     monkeypatch.setattr(training, "XORNet", Spied)
-    job = Job(3, 6, 60, 64, "fsa_cpna", 5)
+    job, board = Job(3, 6, 60, 64, "fsa_cpna", 5), tmp_path / "tensorboard" / "3d_p6_fsa_cpna"
     first = train(job, tmp_path / "tensorboard")
     monkeypatch.setattr(training, bound, 1.01)
     monkeypatch.setattr(training, "MAX_TRIES", 2)
+    stale = [board / "seed_5" / "stale", board / "seed_5_failed_1" / "stale", board / "seed_50" / "kept"]
+    for file in stale:
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
     again = train(job, tmp_path / "tensorboard")
     assert (first.tries, again.tries) == (1, 2)
     assert again.connections == {"net.0.weight": 24, "net.2.weight": 12}, "the last try is not judged"
     assert all(torch.equal(x, starts[0][0]) for x, _ in starts)
     assert torch.equal(starts[0][1], starts[1][1])
     assert not torch.equal(starts[1][1], starts[2][1])
-    runs = {folder.name for folder in (tmp_path / "tensorboard" / "3d_p6_fsa_cpna").iterdir()}
-    assert runs == {"seed_5", "seed_5_failed_1"}
+    assert {folder.name for folder in board.iterdir()} == {"seed_5", "seed_5_failed_1", "seed_50"}
+    assert [file.exists() for file in stale] == [False, False, True], "what a killed run left is removed, and no more"
 
 
 @pytest.mark.parametrize(

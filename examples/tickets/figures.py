@@ -12,10 +12,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from examples.readme import fill
 from examples.results import Row, load, mean_and_spread
+from lightning_cpna.plots import readable_log_axis
 
 COLOURS = {"init": "C0", "step 100": "C2", "keep": "C4", "reinit": "C3", "shuffle": "C1", "dense": "black"}
 LABELS = {
@@ -42,9 +42,7 @@ def lines(axes: Axes, rows: Iterable[Row]) -> None:
             label=LABELS[branch],
         )
     axes.set(xscale="log", xlabel="weights that remain, %", ylabel="test accuracy, %")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    readable_log_axis(axes)
     axes.grid(alpha=0.3)
 
 

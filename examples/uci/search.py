@@ -25,6 +25,7 @@ HIDDEN, WEIGHT_DECAY, BATCH_SIZES = (
     [16, 32, 64],
 )  # the paper's grid
 LEARNING_RATES = [1e-3, 3e-3, 1e-2]
+SMALL_WEIGHT_DECAY = [0.0, 1e-5, 1e-4, 1e-3]  # for few connections
 LEVELS = [0.5, 0.75, 1.0]  # of the paper's connections
 STAGES = {
     "pruning": ("lr", "weight_decay"),
@@ -63,7 +64,7 @@ def settings(stage: str, name: str, chosen: dict[str, Choice]) -> list[dict[str,
         n_input, n_hidden = problem.paper["CPNA"].connections
         common = ("CPNA", problem.start, problem.batch_size, problem.epochs)
         if stage == "pruning":
-            choices = grid(lr=[1e-3, 3e-3], weight_decay=[1e-5, 1e-4, 1e-3], n_hidden=[n_hidden], n_input=[n_input])
+            choices = grid(lr=[1e-3, 3e-3], weight_decay=SMALL_WEIGHT_DECAY, n_hidden=[n_hidden], n_input=[n_input])
             return [setting(*common, choices, "path")]
         rates = {key: chosen["CPNA"][key] for key in STAGES["pruning"]}
         choices = [rates | {"n_hidden": int(level * n_hidden), "n_input": int(level * n_input)} for level in LEVELS]
@@ -77,7 +78,7 @@ def settings(stage: str, name: str, chosen: dict[str, Choice]) -> list[dict[str,
         ]
     hidden, batch_size, weight_decay = (chosen["NN (best)"][key] for key in STAGES["grid"])
     best = grid(lr=LEARNING_RATES, weight_decay=[weight_decay])
-    equivalent = grid(lr=LEARNING_RATES, weight_decay=[1e-5, 1e-4, 1e-3])
+    equivalent = grid(lr=LEARNING_RATES, weight_decay=SMALL_WEIGHT_DECAY)
     return [
         setting("NN (best)", hidden, batch_size, phases(problem, "NN (best)"), best, "path"),
         setting(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,10 +12,11 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc
 
-from examples.arguments import add_sizes, add_sweep_arguments, run_sweep
+from examples.arguments import run_sweep
 from examples.data import Split, loader
 from examples.quiet import silence
-from examples.results import Row, mean_and_spread, save_figure
+from examples.results import Row, counted, mean_and_spread
+from examples.xor.command import finish, parse
 from examples.xor.problem import XORData
 from lightning_cpna import Annealing, CPNAPruning, Geometric, sparsity_of
 from lightning_cpna.sweeps import grid
@@ -166,21 +166,18 @@ def draw(rows: list[Row]) -> Figure:
         axes.set(title=f"hidden layers {' + '.join(map(str, DEPTHS[depth].widths))}", ylim=(45, 101), xlim=(-0.5, 2.5))
         axes.grid(alpha=0.3)
     drawn.axes[0].set_ylabel("test AUC, %")
-    drawn.suptitle(f"{K}-D XOR in {P} dimensions, {len({row['seed'] for row in rows})} seeds")
+    drawn.suptitle(f"{K}-D XOR in {P} dimensions, {counted(len({row['seed'] for row in rows}), 'seed')}")
     return drawn
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, write the results, and draw them."""
-    parser = argparse.ArgumentParser(prog="python -m examples.xor.deep", description=__doc__)
-    add_sizes(parser, {name: f"{seeds} seeds of {epochs} epochs" for name, (seeds, epochs) in SIZES.items()})
-    add_sweep_arguments(parser, "runs/xor_deep", data=False)
-    args = parser.parse_args(arguments)
+    sizes = {name: f"{counted(seeds, 'seed')} of {epochs} epochs" for name, (seeds, epochs) in SIZES.items()}
+    args = parse("deep", __doc__, sizes, arguments)
     n_seeds, epochs = SIZES[args.size]
     seeds = range(FIRST_SEED, FIRST_SEED + n_seeds)
     rows = run_sweep(args, deep, grid(depth=DEPTHS, method=METHODS, seed=seeds, epochs=[epochs]), title="deep")
-    save_figure(rows, draw(rows), args.out, "deep")
-    print(table(rows))
+    finish(args, "deep", rows, draw(rows), table(rows))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from examples.arguments import add_sizes, add_sweep_arguments, run_sweep
-from examples.results import Row, save_figure
+from examples.arguments import run_sweep
+from examples.results import Row, counted
+from examples.xor.command import finish, parse
 from examples.xor.dense import dense
 from lightning_cpna.sweeps import grid
 
@@ -40,7 +39,7 @@ def by_rank(rows: list[Row], p: int, value: str) -> Tensor:
         sorted((row for row in rows if (row["p"], row["data_seed"]) == (p, seed)), key=lambda row: row["loss"])
         for seed in sets
     ]
-    return torch.tensor([[row[value] for row in one] for one in ordered])
+    return torch.tensor([[row[value] for row in one] for one in ordered], dtype=torch.float64)
 
 
 def draw(rows: list[Row]) -> Figure:
@@ -55,12 +54,12 @@ def draw(rows: list[Row]) -> Figure:
             axes.fill_between(ranks, values.amin(0), values.amax(0), color=f"C{colour}", alpha=0.15, lw=0)
     left.set(ylabel="training cross-entropy", xlabel="initialisation, by training loss")
     right.set(ylabel="test AUC, %", xlabel="initialisation, by training loss")
-    left.legend(frameon=False)
+    drawn.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False)
     first = rows[0]
     n_sets = len({row["data_seed"] for row in rows})
     drawn.suptitle(
         f"{first['k']}-D XOR in p dimensions, {first['hidden']} hidden units: {first['n_inits']} initialisations, "
-        f"mean and range over {n_sets} data sets"
+        f"mean and range over {counted(n_sets, 'data set')}"
     )
     return drawn
 
@@ -85,13 +84,10 @@ def table(rows: list[Row]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, write the minima, and draw them."""
-    parser = argparse.ArgumentParser(prog="python -m examples.xor.minima", description=__doc__)
-    add_sizes(parser, {name: f"{a} initialisations on {b} data sets" for name, (a, b, _) in SIZES.items()})
-    add_sweep_arguments(parser, "runs/xor_minima", data=False)
-    args = parser.parse_args(arguments)
+    sizes = {name: f"{a} initialisations on {counted(b, 'data set')}" for name, (a, b, _) in SIZES.items()}
+    args = parse("minima", __doc__, sizes, arguments)
     rows = run_sweep(args, dense, settings(args.size), title="minima")
-    save_figure(rows, draw(rows), args.out, "minima")
-    print(table(rows))
+    finish(args, "minima", rows, draw(rows), table(rows))
 
 
 if __name__ == "__main__":

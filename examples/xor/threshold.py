@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import argparse
+from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
 
-from examples.arguments import add_sizes, add_sweep_arguments, run_sweep
-from examples.results import Row, save_figure
+from examples.arguments import run_sweep
+from examples.results import Row, counted, mean_and_spread
+from examples.xor.command import finish, parse
 from examples.xor.dense import dense
 from examples.xor.pruned import pruned
 from lightning_cpna.sweeps import grid
 
 K, HIDDEN, FIRST_SEED = 3, 1024, 3000
-SAMPLES = [1000, 3000, 10000]
-DIMENSIONS = {
-    "quick": [5, 20, 60],
-    "reduced": [5, 10, 15, 20, 30, 40, 60, 80, 120],
-    "full": [5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 120, 160],
+
+
+class Size(NamedTuple):
+    """How much is trained: data sets, their numbers of samples, and their dimensions."""
+
+    seeds: int
+    samples: list[int]
+    dimensions: list[int]
+
+
+SIZES = {
+    "quick": Size(1, [300, 1000, 3000], [5, 20, 60]),
+    "reduced": Size(3, [1000, 3000, 10000], [5, 10, 15, 20, 30, 40, 60, 80, 120]),
+    "full": Size(10, [1000, 3000, 10000], [5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 120, 160]),
 }
-SEEDS = {"quick": 1, "reduced": 3, "full": 10}
+LEARNED = 90.0  # chosen
 METHODS = {"nn": "NN", "fsa_cpna": "FSA + CPNA"}
 
 
@@ -28,10 +38,12 @@ def draw(rows: list[Row]) -> Figure:
     """Draw the test AUC against p: a line for each number of samples, mean and range over data sets."""
     drawn = Figure(figsize=(10, 4), layout="constrained")
     for axes, (method, title) in zip(drawn.subplots(1, 2, sharey=True), METHODS.items(), strict=True):
-        for colour, n in enumerate(SAMPLES):
+        for colour, n in enumerate(sorted({row["n"] for row in rows})):
             own = [row for row in rows if (row["method"], row["n"]) == (method, n)]
             dimensions = sorted({row["p"] for row in own})
-            aucs = [torch.tensor([row["test_auc"] for row in own if row["p"] == p]) for p in dimensions]
+            aucs = [
+                torch.tensor([row["test_auc"] for row in own if row["p"] == p], dtype=torch.float64) for p in dimensions
+            ]
             axes.plot(
                 dimensions, [float(part.mean()) for part in aucs], "o-", ms=3, color=f"C{colour}", label=f"n = {n}"
             )
@@ -42,22 +54,37 @@ def draw(rows: list[Row]) -> Figure:
     drawn.axes[0].set_ylabel("test AUC, %")
     drawn.axes[0].legend(frameon=False)
     n_sets = len({row["data_seed"] for row in rows})
-    drawn.suptitle(f"{K}-D XOR, {HIDDEN} hidden units, mean and range over {n_sets} data sets")
+    drawn.suptitle(f"{K}-D XOR, {HIDDEN} hidden units, mean and range over {counted(n_sets, 'data set')}")
     return drawn
+
+
+def table(rows: list[Row]) -> str:
+    """Return in Markdown up to which p of those tried the test AUC is at least `LEARNED`, in the mean over data sets."""
+    found = mean_and_spread(rows, ("method", "n", "p"), "test_auc")
+    lines = ["| training samples | " + " | ".join(METHODS.values()) + " |", "| ---: | ---: | ---: |"]
+    for n in sorted({row["n"] for row in rows}):
+        highest = [
+            max(
+                (p for (name, size, p), (mean, _) in found.items() if (name, size) == (method, n) and mean >= LEARNED),
+                default=0,
+            )
+            for method in METHODS
+        ]
+        lines.append(f"| {n} | " + " | ".join(str(p or "none") for p in highest) + " |")
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, write the results, and draw them."""
-    parser = argparse.ArgumentParser(prog="python -m examples.xor.threshold", description=__doc__)
-    add_sizes(parser, {size: f"{SEEDS[size]} data sets, {len(DIMENSIONS[size])} dimensions" for size in SEEDS})
-    add_sweep_arguments(parser, "runs/xor_threshold", data=False)
-    args = parser.parse_args(arguments)
-    seeds, dimensions = range(FIRST_SEED, FIRST_SEED + SEEDS[args.size]), DIMENSIONS[args.size]
-    problems = {"k": [K], "hidden": [HIDDEN], "n": SAMPLES, "p": dimensions, "data_seed": seeds}
+    sizes = {name: f"{counted(it.seeds, 'data set')}, {len(it.dimensions)} dimensions" for name, it in SIZES.items()}
+    args = parse("threshold", __doc__, sizes, arguments)
+    size = SIZES[args.size]
+    seeds = range(FIRST_SEED, FIRST_SEED + size.seeds)
+    problems = {"k": [K], "hidden": [HIDDEN], "n": size.samples, "p": size.dimensions, "data_seed": seeds}
     nn = grid(**problems, n_inits=[1], epochs=[100], weight_decay=[1e-3])
     rows = [{"method": "nn", **row} for row in run_sweep(args, dense, nn, title="NN")]
     rows += run_sweep(args, pruned, grid(method=["fsa_cpna"], **problems), title="FSA + CPNA")
-    save_figure(rows, draw(rows), args.out, "threshold")
+    finish(args, "threshold", rows, draw(rows), table(rows))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import time
 import warnings
 from dataclasses import asdict, dataclass, field, fields
@@ -157,6 +158,17 @@ def run(*, board: Path, **job: Any) -> Row:
     return train(Job(**job), board).row()
 
 
+def _failed(folder: Path, tries: int | str) -> Path:
+    """Return where the TensorBoard run of a try that was given up is kept."""
+    return folder.with_name(f"{folder.name}_failed_{tries}")
+
+
+def _remove(folder: Path) -> None:
+    """Remove what an earlier, perhaps killed, run of the same job has written for TensorBoard."""
+    for old in [*folder.parent.glob(folder.name), *folder.parent.glob(_failed(folder, "*").name)]:
+        shutil.rmtree(old)
+
+
 def train(job: Job, board: Path | None = None) -> Run:
     """Train a job; where features are annealed, start anew from another initialisation if the training set is not learned.
 
@@ -185,6 +197,8 @@ def train(job: Job, board: Path | None = None) -> Run:
             version=f"seed_{job.seed}",
             default_hp_metric=False,
         )
+        if logger and tries == 1:
+            _remove(Path(logger.log_dir))
         trainer = pl.Trainer(
             max_epochs=1,
             val_check_interval=max(1, len(data.batches) // VALIDATIONS),
@@ -204,7 +218,7 @@ def train(job: Job, board: Path | None = None) -> Run:
         if logger:
             logger.finalize("failed")
             folder = Path(logger.log_dir)
-            folder.rename(folder.with_name(f"{folder.name}_failed_{tries}"))
+            folder.rename(_failed(folder, tries))
     seconds = time.perf_counter() - started
     results: dict[str, float] = {}
     for metrics in trainer.validate(module, data, verbose=False):

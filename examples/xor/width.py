@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from examples.arguments import add_sizes, add_sweep_arguments, run_sweep
-from examples.results import Row, mean_and_spread, save_figure
+from examples.arguments import run_sweep
+from examples.results import Row, counted, mean_and_spread
+from examples.xor.command import finish, parse
 from examples.xor.dense import dense
 from examples.xor.figures import TITLES
 from examples.xor.pruned import pruned
@@ -36,29 +36,43 @@ def draw(rows: list[Row]) -> Figure:
     left.set_title("NN (Fig. 4)")
     right.set_title(f"5-D, p = {P}: hidden layer to 64 connections (Fig. 6)")
     n_seeds = len({row["data_seed"] for row in rows})
-    drawn.suptitle(f"XOR, {N} samples; mean and standard deviation over {n_seeds} data sets")
+    drawn.suptitle(f"XOR, {N} samples; mean and standard deviation over {counted(n_seeds, 'data set')}")
     for axes in (left, right):
-        axes.set(xscale="log", xlabel="hidden units", ylabel="test AUC, %")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set(xlabel="hidden units", ylabel="test AUC, %")
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)
     return drawn
 
 
-def _line(axes: object, rows: list[Row], label: str, colour: str) -> None:
+def _line(axes: Axes, rows: list[Row], label: str, colour: str) -> None:
     found = mean_and_spread(rows, ("hidden",), "test_auc")
     widths = sorted(width for (width,) in found)
     means, spreads = zip(*(found[(width,)] for width in widths), strict=True)
-    axes.errorbar(widths, means, spreads, fmt="o-", ms=3, capsize=2, color=colour, label=label)  # type: ignore[attr-defined]
+    axes.errorbar(widths, means, spreads, fmt="o-", ms=3, capsize=2, color=colour, label=label)
+
+
+def table(rows: list[Row]) -> str:
+    """Return Fig. 6 in Markdown: mean and standard deviation over data sets."""
+    found = mean_and_spread((row for row in rows if row["figure"] == 6), ("hidden", "method"), "test_auc")
+    lines = [
+        "| hidden units | " + " | ".join(TITLES[method] for method in METHODS) + " |",
+        "| ---: | ---: | ---: | ---: |",
+    ]
+    for width in sorted({key[0] for key in found}):
+        cells = ["{:.1f} ± {:.1f}".format(*found[width, method]) for method in METHODS]
+        lines.append(f"| {width} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, write the results, and draw them."""
-    parser = argparse.ArgumentParser(prog="python -m examples.xor.width", description=__doc__)
-    add_sizes(
-        parser, {size: f"{it[0]} data sets, NN from {it[1]} initialisations on each" for size, it in SIZES.items()}
-    )
-    add_sweep_arguments(parser, "runs/xor_width", data=False)
-    args = parser.parse_args(arguments)
+    sizes = {
+        size: f"{counted(it[0], 'data set')}, NN from {counted(it[1], 'initialisation')} on each"
+        for size, it in SIZES.items()
+    }
+    args = parse("width", __doc__, sizes, arguments)
     n_seeds, n_inits, widths, compared = SIZES[args.size]
     seeds = range(FIRST_SEED, FIRST_SEED + n_seeds)
     nn = [
@@ -78,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     three = grid(k=[5], p=[P], n=[N], hidden=compared, method=METHODS, data_seed=seeds)
     rows = [{"figure": 4, "method": "nn", **row} for row in run_sweep(args, dense, nn, title="Fig. 4")]
     rows += [{"figure": 6, **row} for row in run_sweep(args, pruned, three, title="Fig. 6")]
-    save_figure(rows, draw(rows), args.out, "width")
+    finish(args, "width", rows, draw(rows), table(rows))
 
 
 if __name__ == "__main__":
