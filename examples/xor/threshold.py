@@ -15,31 +15,40 @@ from examples.xor.pruned import pruned
 from lightning_cpna.sweeps import grid
 
 K, HIDDEN, FIRST_SEED = 3, 1024, 3000
+METHODS = {"nn": "NN", "fsa_cpna": "FSA + CPNA"}
 
 
 class Size(NamedTuple):
-    """How much is trained: data sets, their numbers of samples, and their dimensions."""
+    """How much is trained: data sets, their numbers of samples by method, and their dimensions."""
 
     seeds: int
-    samples: list[int]
+    samples: dict[str, list[int]]
     dimensions: list[int]
 
 
 SIZES = {
-    "quick": Size(1, [300, 1000, 3000], [5, 20, 60]),
-    "reduced": Size(3, [1000, 3000, 10000], [5, 10, 15, 20, 30, 40, 60, 80, 120]),
-    "full": Size(10, [1000, 3000, 10000], [5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 120, 160]),
+    "quick": Size(1, {"nn": [300, 1000, 3000], "fsa_cpna": [300, 1000]}, [5, 20, 60]),
+    "reduced": Size(
+        3, {"nn": [300, 1000, 3000, 10000], "fsa_cpna": [300, 1000, 3000]}, [5, 10, 15, 20, 30, 40, 60, 80, 120]
+    ),
+    "full": Size(
+        10,
+        {method: [300, 1000, 3000, 10000] for method in METHODS},
+        [5, 10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 120, 160],
+    ),
 }
 LEARNED = 90.0  # chosen
-METHODS = {"nn": "NN", "fsa_cpna": "FSA + CPNA"}
 
 
 def draw(rows: list[Row]) -> Figure:
     """Draw the test AUC against p: a line for each number of samples, mean and range over data sets."""
     drawn = Figure(figsize=(10, 4), layout="constrained")
+    samples = sorted({row["n"] for row in rows})
     for axes, (method, title) in zip(drawn.subplots(1, 2, sharey=True), METHODS.items(), strict=True):
-        for colour, n in enumerate(sorted({row["n"] for row in rows})):
+        for colour, n in enumerate(samples):
             own = [row for row in rows if (row["method"], row["n"]) == (method, n)]
+            if not own:
+                continue
             dimensions = sorted({row["p"] for row in own})
             aucs = [
                 torch.tensor([row["test_auc"] for row in own if row["p"] == p], dtype=torch.float64) for p in dimensions
@@ -63,14 +72,12 @@ def table(rows: list[Row]) -> str:
     found = mean_and_spread(rows, ("method", "n", "p"), "test_auc")
     lines = ["| training samples | " + " | ".join(METHODS.values()) + " |", "| ---: | ---: | ---: |"]
     for n in sorted({row["n"] for row in rows}):
-        highest = [
-            max(
-                (p for (name, size, p), (mean, _) in found.items() if (name, size) == (method, n) and mean >= LEARNED),
-                default=0,
-            )
-            for method in METHODS
-        ]
-        lines.append(f"| {n} | " + " | ".join(str(p or "none") for p in highest) + " |")
+        cells = []
+        for method in METHODS:
+            means = {p: mean for (name, size, p), (mean, _) in found.items() if (name, size) == (method, n)}
+            learned = [p for p, mean in means.items() if mean >= LEARNED]
+            cells.append(str(max(learned)) if learned else "none" if means else "")
+        lines.append(f"| {n} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -80,10 +87,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse("threshold", __doc__, sizes, arguments)
     size = SIZES[args.size]
     seeds = range(FIRST_SEED, FIRST_SEED + size.seeds)
-    problems = {"k": [K], "hidden": [HIDDEN], "n": size.samples, "p": size.dimensions, "data_seed": seeds}
-    nn = grid(**problems, n_inits=[1], epochs=[100], weight_decay=[1e-3])
+    problems = {"k": [K], "hidden": [HIDDEN], "p": size.dimensions, "data_seed": seeds}
+    nn = grid(**problems, n=size.samples["nn"], n_inits=[1], epochs=[100], weight_decay=[1e-3])
+    fsa_cpna = grid(**problems, n=size.samples["fsa_cpna"], method=["fsa_cpna"])
     rows = [{"method": "nn", **row} for row in run_sweep(args, dense, nn, title="NN")]
-    rows += run_sweep(args, pruned, grid(method=["fsa_cpna"], **problems), title="FSA + CPNA")
+    rows += run_sweep(args, pruned, fsa_cpna, title="FSA + CPNA")
     finish(args, "threshold", rows, draw(rows), table(rows))
 
 
