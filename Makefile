@@ -36,7 +36,7 @@ results: env
 	$(BIN)/python -m examples.xor --k 5 --seeds 4 --first-seed 3000 --methods cpna_all_plain --out runs/results/5d_plain
 	$(BIN)/python -m examples.xor --k 5 --p 15 --hidden 1024 --seeds 10 --first-seed 3000 --methods nn cpa_hidden cpna_hidden --out runs/results/5d_p15
 	for name in 3d 4d 5d 5d_plain 5d_p15; do cp runs/results/$$name/results.json examples/xor/results/$$name.json; done
-	cp runs/results/3d/3d_p60_training.png runs/results/3d/3d_p60_connections.png runs/results/3d/3d_p60_connectivity_cpna_all.png examples/xor/results/
+	cp runs/results/3d/3d_p60_training.csv runs/results/3d/3d_p60_training.png runs/results/3d/3d_p60_connections.png runs/results/3d/3d_p60_connectivity_cpna_all.png examples/xor/results/
 	$(BIN)/python -m examples.xor.table examples/xor/results/*.json --readme README.md
 
 # What the README says of saliencies: five seeds; MNIST is downloaded, or in the folder that LIGHTNING_CPNA_DATA names.

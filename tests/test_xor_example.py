@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("joblib", reason="the extra 'examples' is not installed")
+pytest.importorskip("pandas", reason="the extra 'sweeps' is not installed")
 
 from examples.xor import training
 from examples.xor.__main__ import main, parse
 from examples.xor.problem import Phase, PhaseBatches, XORData, XORNet
 from examples.xor.recipes import METHODS, PROBLEMS, callbacks, recipe
 from examples.xor.training import Job, train
+from lightning_cpna.sweeps import load_rows
 from tests.helpers import tensorboard
 
 
@@ -67,6 +69,9 @@ def test_the_command_writes_results_figures_and_tensorboard_runs(
     assert all(0 <= run["test_auc"] <= 100 and run["seconds"] > 0 for run in runs)
     pictures = {file.name for file in tmp_path.glob("*.png")}
     assert pictures == {"3d_p6_training.png", "3d_p6_connections.png", "3d_p6_connectivity_fsa_cpna.png"}
+    curves = [row for row in load_rows(tmp_path / "3d_p6_training.csv") if row["method"] == "fsa_cpna"]
+    assert curves[-1]["auc/test"] == pytest.approx(runs[1]["test_auc"] / 100, abs=1e-4)
+    assert (curves[-1]["connections/input"], curves[0]["connections/hidden"]) == (24, 64)
     ask, run = tensorboard(tmp_path / "tensorboard"), "3d_p6_fsa_cpna/seed_5"
     scalars = ask("scalars/tags")
     assert set(scalars) == {"3d_p6_nn/seed_5", run}

@@ -61,11 +61,11 @@ def main(arguments: list[str] | None = None) -> None:
     runs = [Run.of_row(row) for row in rows]
     results = [run.as_dict() for run in runs]
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    figures = save_figures(runs, args.out)
+    files = save_figures(runs, args.out)
     console.print(*rich_tables(results))
     console.print(f"results:      {args.out / 'results.json'}")
-    for figure in figures:
-        console.print(f"figure:       {figure}")
+    for file in files:
+        console.print(f"{'figure' if file.suffix == '.png' else 'curves'}:       {file}")
     board = os.path.relpath(Path(sys.executable).parent / "tensorboard")
     console.print(f"TensorBoard:  {board} --logdir {args.out / 'tensorboard'}")
 

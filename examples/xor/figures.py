@@ -6,8 +6,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from examples.results import Row
 from examples.xor.training import Run
 from lightning_cpna import plot_connectivity
+from lightning_cpna.sweeps import save_rows
 
 TITLES = {
     "nn": "NN",
@@ -55,12 +57,22 @@ def connections_figure(runs: list[Run]) -> Figure:
     return figure
 
 
+def curves(runs: list[Run]) -> list[Row]:
+    """Return what both figures over training show, a row for each method and validation."""
+    return [
+        {"method": run.job.method, **{name: values[i] for name, values in run.history.items()}}
+        for run in runs
+        for i in range(len(run.history["step"]))
+    ]
+
+
 def save_figures(runs: list[Run], out: Path) -> list[Path]:
-    """Draw the first seed of every problem and method; return the files."""
+    """Draw the first seed of every problem and method, and write its curves; return the files."""
     files: list[Path] = []
     for k, p in dict.fromkeys((run.job.k, run.job.p) for run in runs):
         first = min(run.job.seed for run in runs if (run.job.k, run.job.p) == (k, p))
         shown = [run for run in runs if (run.job.k, run.job.p, run.job.seed) == (k, p, first)]
+        files.append(save_rows(curves(shown), out / f"{k}d_p{p}_training.csv"))
         figures = {"training": training_figure(shown), "connections": connections_figure(shown)}
         for run in shown:
             if run.connections[run.connectivity.layers[0][0]] < run.job.p * run.job.hidden:

@@ -119,7 +119,8 @@ class History(pl.Callback):
             return
         masks = sparsity_of(pl_module).masks
         values: dict[str, float] = {"step": trainer.global_step}
-        values |= {name: float(trainer.callback_metrics[name]) for name in trainer.callback_metrics if "/" in name}
+        names = [f"{quantity}/{split}" for quantity in ("loss", "auc") for split in ("train", "test")]
+        values |= {name: float(trainer.callback_metrics[name]) for name in names}
         for label, name in (("connections/hidden", HIDDEN), ("connections/input", INPUT)):
             values[label] = masks[name].n_live if name in masks else pl_module.get_parameter(name).numel()
         for name, value in values.items():
