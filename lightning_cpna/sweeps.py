@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import itertools
 import json
 import os
+import shutil
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,12 +30,12 @@ RunFunction = Callable[..., Mapping[str, Any] | Iterable[Mapping[str, Any]]]
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that raised.
+    """A run that raised, or was under way when a process died.
 
     Attributes:
         setting: The arguments that it had.
         error: The type of the error and what it says.
-        traceback: Where it was raised.
+        traceback: Where it was raised; empty if the process died.
     """
 
     setting: dict[str, Any]
@@ -50,7 +54,8 @@ class SweepError(RuntimeError):
     def __init__(self, failures: Sequence[Failure], rows: Sequence[Row], n_runs: int) -> None:
         self.failures, self.rows = tuple(failures), list(rows)
         named = "".join(f"\n  {json.dumps(failure.setting)}: {failure.error}" for failure in failures)
-        super().__init__(f"{len(failures)} of {n_runs} runs failed; the others are finished and saved:{named}")
+        first = f"\n{failures[0].traceback}" if failures[0].traceback else ""
+        super().__init__(f"{len(failures)} of {n_runs} runs failed; the others are finished and saved:{named}{first}")
 
 
 def grid(**values: Iterable[Any]) -> list[dict[str, Any]]:
@@ -76,14 +81,17 @@ def sweep(
     """Call a function with every setting, and return what it found as tidy rows.
 
     A finished run is a JSON file in the folder, named by a hash of the function's name and the setting; it is never run
-    again, so that a sweep that was killed goes on where it was. The file is there only once it is whole. Every run computes
-    with one torch thread, so that its numbers depend on neither the number of processes nor the backend. A run must take
-    all randomness from its setting (a seed) for that to hold.
+    again, so that a sweep that was killed goes on where it was. Where the function has changed since, take another folder.
+    The file is there only once it is whole. Every run computes with one torch thread, so that its numbers depend on neither
+    the number of processes nor the backend. A run must take all randomness from its setting (a seed) for that to hold.
+
+    If a process of this machine dies (out of memory, say), the others go on in new ones, and what was under way is run
+    once more, each alone; a run whose process dies then, too, has failed.
 
     Args:
-        function: Called as ``function(**setting)``; returns a mapping or several, of names to JSON values. It must be
-            importable, or picklable by value as joblib does it. Arguments that ``functools.partial`` binds (a data folder)
-            are not part of what identifies a run.
+        function: Called as ``function(**setting)``; returns a mapping or several, of names to JSON values. It is one that a
+            module or script defines at its top level. Arguments that ``functools.partial`` binds (a data folder) are not
+            part of what identifies a run.
         settings: JSON values by name.
         folder: Where finished runs are kept; on a cluster, a folder that all machines share.
         n_jobs: How many runs at a time; -1: as many as there are cores, in the machine or the cluster.
@@ -97,7 +105,8 @@ def sweep(
 
     Raises:
         ValueError: If two settings are equal, or an argument is out of range.
-        TypeError: If a setting holds anything but JSON values.
+        TypeError: If a setting holds anything but JSON values, or the function is not at the top level of a module.
+        ImportError: If joblib, or Ray for ``backend="ray"``, is not installed.
         SweepError: If runs failed, once all others are finished. They are run again the next time.
 
     Example:
@@ -113,22 +122,33 @@ def sweep(
         raise ValueError(f"backend is {backend!r}; allowed is one of 'loky', 'ray'")
     if n_jobs != -1 and n_jobs < 1:
         raise ValueError(f"n_jobs is {n_jobs}; allowed is -1, or 1 or more")
-    files = _files(function, [dict(setting) for setting in settings], Path(folder))
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    missing = [(file, setting) for file, setting in files.items() if not file.is_file()]
+    folder = Path(folder).absolute()
+    files = _files(function, [dict(setting) for setting in settings], folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = {file: setting for file, setting in files.items() if not file.is_file()}
+    for left in (part for file in missing for part in _parts(file)):
+        left.unlink(missing_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task(title, total=len(missing))
 
         class Parallel(joblib.Parallel):  # type: ignore[misc, name-defined]
+            def __call__(self, runs: Iterable[Any]) -> Any:
+                self.before = sum(file.is_file() for file in missing)
+                return super().__call__(runs)
+
             def print_progress(self) -> None:
-                progress.update(task, completed=self.n_completed_tasks)
+                progress.update(task, completed=self.before + self.n_completed_tasks)
 
         if backend == "ray":
             _register_ray()
         with joblib.parallel_config(backend=backend):
-            found = Parallel(n_jobs=n_jobs)(joblib.delayed(_run)(function, setting, file) for file, setting in missing)
-    failures = [failure for failure in found if failure is not None]
+            failures = _run_all(Parallel(n_jobs=n_jobs), joblib.delayed(_run), function, missing)
+    failed = [failure.setting for failure in failures]
+    if lost := [setting for file, setting in missing.items() if not file.is_file() and setting not in failed]:
+        raise RuntimeError(
+            f"{len(lost)} runs left no file in {folder}, which must be on all machines; one is {lost[0]}"
+        )
     rows = [row for file in files if file.is_file() for row in _read(file)]
     if failures:
         raise SweepError(failures, rows, len(files))
@@ -162,6 +182,8 @@ def save_rows(rows: Iterable[Mapping[str, Any]], file: str | Path) -> Path:
 def load_rows(file: str | Path) -> list[Row]:
     """Read what `save_rows` wrote; a row has no entry where its column is empty.
 
+    A CSV file has no types: a column of which every value reads as a number is one of numbers, of whole ones if all are.
+
     Raises:
         ValueError: If the file's ending is neither ``.csv`` nor ``.parquet``.
         ImportError: If pandas, or pyarrow for Parquet, is not installed.
@@ -169,7 +191,8 @@ def load_rows(file: str | Path) -> list[Row]:
     import pandas as pd
 
     file = _table(file)
-    table = pd.read_csv(file) if file.suffix == ".csv" else pd.read_parquet(file)
+    is_csv = file.suffix == ".csv"
+    table = pd.read_csv(file, keep_default_na=False, na_values=[""]) if is_csv else pd.read_parquet(file)
     records = table.convert_dtypes().to_dict("records")
     return [{str(name): value for name, value in record.items() if not pd.isna(value)} for record in records]
 
@@ -181,12 +204,14 @@ def log_hparams(rows: Iterable[Row], hparams: Sequence[str], metrics: Sequence[s
         rows: What a sweep returned.
         hparams: The columns that are hyper-parameters.
         metrics: The columns that are results.
-        folder: The log directory; runs in it are named by their hyper-parameters.
+        folder: The log directory; runs in it are named by their hyper-parameters, and replace earlier ones of that name.
 
     Raises:
+        KeyError: If a row lacks a column.
         ValueError: If two rows have the same hyper-parameters.
     """
     from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams as summaries
 
     named: dict[str, Row] = {}
     for row in rows:
@@ -197,10 +222,15 @@ def log_hparams(rows: Iterable[Row], hparams: Sequence[str], metrics: Sequence[s
             )
         named[name] = row
     for name, row in named.items():
-        with SummaryWriter(str(folder)) as writer:
-            writer.add_hparams(
-                {key: row[key] for key in hparams}, {f"hparam/{key}": row[key] for key in metrics}, run_name=name
-            )
+        run = Path(folder) / name
+        if run.exists():
+            shutil.rmtree(run)
+        values = {f"hparam/{key}": row[key] for key in metrics}
+        with SummaryWriter(str(run)) as writer:
+            for summary in summaries({key: row[key] for key in hparams}, values):  # type: ignore[no-untyped-call]
+                writer.file_writer.add_summary(summary)
+            for key, value in values.items():
+                writer.add_scalar(key, value)
 
 
 def _files(function: RunFunction, settings: list[dict[str, Any]], folder: Path) -> dict[Path, dict[str, Any]]:
@@ -228,27 +258,62 @@ def _table(file: str | Path) -> Path:
 
 
 def _name(function: Any) -> str:
+    """Name a function so that no other has its name: by its module, or the script's file."""
     while isinstance(function, partial):
         function = function.func
-    return f"{function.__module__}.{function.__qualname__}"
+    name = getattr(function, "__qualname__", "")
+    if not name.isidentifier():
+        raise TypeError(f"function is {function!r}; allowed is one that a module or script defines at its top level")
+    module = function.__module__
+    script = getattr(sys.modules.get(module), "__file__", None) if module == "__main__" else None
+    return f"{Path(script).name if script else module}.{name}"
 
 
-def _run(function: RunFunction, setting: dict[str, Any], file: Path) -> Failure | None:
-    """Run one setting and save its rows."""
+def _parts(file: Path) -> list[Path]:
+    """Find what runs have begun to write and not ended."""
+    return list(file.parent.glob(f"{file.name}.*.part"))
+
+
+def _run_all(parallel: Any, run: Any, function: RunFunction, missing: dict[Path, dict[str, Any]]) -> list[Failure]:
+    """Run settings; where a process dies, go on with what was not begun, then with each that was under way alone."""
+    failures: list[Failure] = []
+    groups = [missing]
+    while groups:
+        group = groups.pop(0)
+        try:
+            found = parallel(run(function, file, setting) for file, setting in group.items())
+            failures += [failure for failure in found if failure is not None]
+        except BrokenProcessPool as error:
+            left = {file: setting for file, setting in group.items() if not file.is_file()}
+            begun = [file for file in left if _parts(file)]
+            if not begun:
+                raise
+            if len(group) == 1:
+                failures += [Failure(left[file], f"{type(error).__name__}: its process died", "") for file in begun]
+            else:
+                groups += [{file: left[file]} for file in begun]
+                groups.insert(0, {file: setting for file, setting in left.items() if file not in begun})
+    return failures
+
+
+def _run(function: RunFunction, file: Path, setting: dict[str, Any]) -> Failure | None:
+    """Run one setting and save its rows; as long as it is under way, its unfinished file is there."""
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}.part")
+    unfinished.touch()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        found = function(**setting)
+        found = function(**copy.deepcopy(setting))
         rows = [dict(row) for row in ([found] if isinstance(found, Mapping) else found)]
         for row in rows:
             if other := {name for name in set(row) & set(setting) if row[name] != setting[name]}:
                 raise ValueError(f"the result has other values of {sorted(other)} than the setting")
-        unfinished = file.with_name(f"{file.name}.{os.getpid()}.part")
         unfinished.write_text(json.dumps({"setting": setting, "rows": rows}) + "\n")
         os.replace(unfinished, file)
     except Exception as error:  # whatever the user's function raises is named when the sweep ends
         return Failure(setting, f"{type(error).__name__}: {error}", traceback.format_exc())
     finally:
+        unfinished.unlink(missing_ok=True)
         torch.set_num_threads(threads)
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 pytest.importorskip("joblib", reason="the extra 'sweeps' is not installed")
 pytest.importorskip("pandas", reason="the extra 'sweeps' is not installed")
@@ -33,6 +35,25 @@ def product(seed: int, n: int, log: Path | None = None) -> dict[str, Any]:
 
 def parts(seed: int) -> list[dict[str, Any]]:
     return [{"fold": fold, "value": 10 * seed + fold} for fold in range(2)]
+
+
+def dies_at_two(seed: int) -> dict[str, Any]:
+    if seed == 2:
+        os._exit(1)
+    time.sleep(0.05)
+    return {"value": seed}
+
+
+def changes_folder(seed: int, to: Path) -> dict[str, Any]:
+    os.chdir(to)
+    return {"value": seed}
+
+
+class Callable:
+    def run(self, seed: int) -> dict[str, Any]:
+        return {"value": seed}
+
+    __call__ = run
 
 
 def fails_at_two(seed: int, log: Path) -> dict[str, Any]:
@@ -123,6 +144,44 @@ def test_failures_are_named_and_the_rest_is_kept(tmp_path: Path) -> None:
     assert log.read_text() == "2 2\n"
 
 
+def test_a_failure_in_another_process_is_named_with_its_traceback(tmp_path: Path) -> None:
+    run = partial(fails_at_two, log=tmp_path / "log")
+    with pytest.raises(SweepError, match=r"(?s)1 of 3 runs failed.*ZeroDivisionError: two\nTraceback.*fails_at_two"):
+        sweep(run, grid(seed=[1, 2, 3]), tmp_path / "runs", n_jobs=2)
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_where_a_process_dies_its_run_is_named_and_the_rest_goes_on(tmp_path: Path) -> None:
+    console = Console(record=True, width=100, file=io.StringIO())
+    with pytest.raises(SweepError, match=r'1 of 8 runs failed.*\n  {"seed": 2}: TerminatedWorkerError') as caught:
+        sweep(dies_at_two, grid(seed=range(8)), tmp_path, n_jobs=2, console=console)
+    assert [row["value"] for row in caught.value.rows] == [0, 1, 3, 4, 5, 6, 7]
+    assert "7/8" in console.export_text()
+
+
+def test_the_progress_counts_runs(tmp_path: Path) -> None:
+    sweep(product, SETTINGS[:2], tmp_path, n_jobs=1, console=Console(quiet=True))
+    console = Console(record=True, width=100, file=io.StringIO())
+    sweep(product, SETTINGS, tmp_path, n_jobs=1, title="products", console=console)
+    (last,) = console.export_text().strip().split("\n")
+    assert last.startswith("products")
+    assert "4/4" in last
+
+
+def test_a_run_may_change_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    run = partial(changes_folder, to=tmp_path / "other")
+    assert [row["value"] for row in sweep(run, grid(seed=[1, 2]), "runs", n_jobs=1)] == [1, 2]
+    assert len(list((tmp_path / "runs").glob("*.json"))) == 2
+
+
+@pytest.mark.parametrize("function", [lambda seed: {"value": seed}, Callable(), Callable().run])
+def test_a_function_that_others_may_be_taken_for_is_refused(tmp_path: Path, function: Any) -> None:
+    with pytest.raises(TypeError, match=r"function is <.*; allowed is one that a module or script defines at its top"):
+        sweep(function, grid(seed=[1]), tmp_path, n_jobs=1)
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
@@ -172,7 +231,7 @@ def test_bad_results_are_failures(tmp_path: Path, function: Any, message: str) -
 def test_saved_rows_are_read_as_they_were(tmp_path: Path, ending: str) -> None:
     if ending == "parquet":
         pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    rows = [{"set": "a b", "n": 3, "value": 0.1 + 0.2, "odd": True}, {"set": "c,d", "n": 4, "value": 1e-300}]
+    rows = [{"set": "a b", "n": 3, "value": 0.1 + 0.2, "odd": True}, {"set": "NA", "n": 4, "value": 1e-300}]
     assert load_rows(save_rows(rows, tmp_path / f"rows.{ending}")) == rows
     assert [path.name for path in tmp_path.iterdir()] == [f"rows.{ending}"]
 
@@ -190,9 +249,11 @@ def test_tensorboard_reads_the_hyper_parameters_and_metrics(tmp_path: Path) -> N
     from tensorboard.plugins.hparams import metadata
 
     rows = [{"lr": 0.1, "score": "path", "auc": 0.5, "other": 1}, {"lr": 0.2, "score": "path", "auc": 0.75, "other": 1}]
-    log_hparams(rows, ["lr", "score"], ["auc"], tmp_path)
+    for _ in range(2):  # what was there is replaced
+        log_hparams(rows, ["lr", "score"], ["auc"], tmp_path)
     found = {}
-    for folder in (path for path in tmp_path.iterdir() if path.is_dir()):
+    for folder in tmp_path.iterdir():
+        assert len(list(folder.iterdir())) == 1
         events = EventAccumulator(str(folder)).Reload()
         content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
         hparams = metadata.parse_session_start_info_plugin_data(content).hparams

@@ -111,6 +111,9 @@ def test_a_run_that_does_not_learn_its_training_set_starts_anew_on_the_same_data
     assert (first.tries, again.tries) == (1, 2)
     assert again.connections == {"net.0.weight": 24, "net.2.weight": 12}, "the last try is not judged"
     assert all(torch.equal(x, starts[0][0]) for x, _ in starts)
+    for x, weight in starts:
+        cosines = torch.nn.functional.cosine_similarity(weight[:, None], x, dim=2)  # (unit, sample)
+        assert float(cosines.abs().max()) < 0.9999, "a unit begins as a sample"
     assert torch.equal(starts[0][1], starts[1][1])
     assert not torch.equal(starts[1][1], starts[2][1])
     assert {folder.name for folder in board.iterdir()} == {"seed_5", "seed_5_failed_1", "seed_50"}

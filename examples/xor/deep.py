@@ -18,6 +18,7 @@ from examples.quiet import silence
 from examples.results import Row, counted, mean_and_spread
 from examples.xor.command import finish, parse
 from examples.xor.problem import XORData
+from examples.xor.training import OF_WEIGHTS
 from lightning_cpna import Annealing, CPNAPruning, Geometric, sparsity_of
 from lightning_cpna.sweeps import grid
 
@@ -117,7 +118,7 @@ def deep(*, depth: int, method: str, seed: int, epochs: int) -> Row:
     generator = torch.Generator().manual_seed(seed)
     train, test = XORData(K, P, N, generator), XORData(K, P, N, generator)
     widths, counts = DEPTHS[depth]
-    pl.seed_everything(seed, verbose=False)
+    pl.seed_everything(seed + OF_WEIGHTS, verbose=False)
     batches = loader(Split(train.x, train.y), BATCH_SIZE, seed)
     module = DeepNet(widths, epochs * (N // BATCH_SIZE))
     trainer = pl.Trainer(

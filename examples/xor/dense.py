@@ -10,6 +10,7 @@ from examples.data import Split
 from examples.results import Row
 from examples.side_by_side import Member, Networks, fit, seeded
 from examples.xor.problem import XORData
+from examples.xor.training import OF_WEIGHTS
 
 BATCH_SIZE, LR = 250, 1e-2
 
@@ -34,12 +35,14 @@ def dense(
         weight_decay: Adam's.
 
     Returns:
-        A row for each initialisation: ``loss``, the cross-entropy on the training set; ``gradient``, the norm of its
-        gradient; and the AUC on the training and the test set in percent.
+        A row for each initialisation: ``loss``, the cross-entropy on the training set; ``gradient``, the norm of the
+        gradient of what is minimised, which has the weight decay in it; and the AUC on the training and the test set in
+        percent.
     """
     generator = torch.Generator().manual_seed(data_seed)
     train, test = XORData(k, p, n, generator), XORData(k, p, n, generator)
-    inits = range(1000 * data_seed, 1000 * data_seed + n_inits)
+    first = OF_WEIGHTS + 1000 * data_seed
+    inits = range(first, first + n_inits)
     members = [
         Member(
             seeded(seed, lambda: nn.Sequential(nn.Linear(p, hidden), nn.ReLU(), nn.Linear(hidden, 1))),
@@ -51,13 +54,17 @@ def dense(
         for seed in inits
     ]
     fit(Networks(members, _loss, epochs, epochs // 3), BATCH_SIZE)
-    return [{"init": member.seed, **_measures(member.net, train, test)} for member in members]
+    return [{"init": member.seed, **_measures(member.net, train, test, weight_decay)} for member in members]
 
 
-def _measures(net: nn.Module, train: XORData, test: XORData) -> Row:
+def _measures(net: nn.Module, train: XORData, test: XORData, weight_decay: float) -> Row:
     logits = net(train.x)
     loss = _loss(logits, train.y)
-    gradient = torch.autograd.grad(loss, list(net.parameters()))
+    parameters = list(net.parameters())
+    gradient = [
+        part + weight_decay * parameter.detach()
+        for part, parameter in zip(torch.autograd.grad(loss, parameters), parameters, strict=True)
+    ]
     with torch.no_grad():
         test_auc = binary_auroc(net(test.x).squeeze(-1), test.y.int())
     return {

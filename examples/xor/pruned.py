@@ -21,6 +21,7 @@ def pruned(*, k: int, p: int, n: int, hidden: int, method: str, data_seed: int) 
     return {
         "train_auc": round(run.train_auc, 4),
         "test_auc": round(run.test_auc, 4),
+        "tries": run.tries,
         "live_features": run.live_features,
         "connections": sum(run.connections.values()),
     }

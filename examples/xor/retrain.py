@@ -25,7 +25,8 @@ from examples.readme import fill
 from examples.results import Row, load, mean_and_spread, save
 from examples.xor.problem import Phases, XORDataModule, XORNet
 from examples.xor.recipes import PROBLEMS, callbacks, recipe
-from lightning_cpna import TicketRewind
+from examples.xor.training import OF_WEIGHTS
+from lightning_cpna import RoundReport, TicketRewind
 from lightning_cpna.sweeps import grid
 
 PRUNED = {"cpna_hidden": "hidden layer", "cpna_all": "both layers"}
@@ -46,7 +47,7 @@ def retrain(k: int, method: str, seed: int, board: Path, n: int = 3000) -> list[
     """
     silence()
     torch.set_num_threads(1)
-    pl.seed_everything(seed, verbose=False)
+    pl.seed_everything(seed + OF_WEIGHTS, verbose=False)
     steps = recipe(k, method)
     phases = [phase for phase, _ in steps]
     data = XORDataModule(k, PROBLEMS[k].p, n, seed, phases)
@@ -54,6 +55,7 @@ def retrain(k: int, method: str, seed: int, board: Path, n: int = 3000) -> list[
     ticket = TicketRewind(epochs=1, controls=["reinit"], monitor="auc/test")
     trainer = pl.Trainer(
         max_epochs=ticket.n_epochs,
+        accelerator="cpu",
         logger=TensorBoardLogger(board, f"{k}d_retrain_{method}", f"seed_{seed}", default_hp_metric=False),
         callbacks=[Phases(phases, n), *callbacks(steps, n, shrink=True), ticket],
         enable_checkpointing=False,
@@ -67,11 +69,17 @@ def retrain(k: int, method: str, seed: int, board: Path, n: int = 3000) -> list[
             "method": method,
             "seed": seed,
             "round": report.branch if report.level else "cpna",
-            "test_auc": round(100 * (report.value or 0.0), 4),
+            "test_auc": round(100 * _value(report), 4),
             "connections": report.counts,
         }
         for report in ticket.reports
     ]
+
+
+def _value(report: RoundReport) -> float:
+    if report.value is None:
+        raise RuntimeError(f"round {report.branch} has no auc/test: nothing was validated at its end")
+    return report.value
 
 
 def table(rows: list[Row]) -> str:

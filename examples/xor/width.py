@@ -36,7 +36,9 @@ def draw(rows: list[Row]) -> Figure:
     left.set_title("NN (Fig. 4)")
     right.set_title(f"5-D, p = {P}: hidden layer to 64 connections (Fig. 6)")
     n_seeds = len({row["data_seed"] for row in rows})
-    drawn.suptitle(f"XOR, {N} samples; mean and standard deviation over {counted(n_seeds, 'data set')}")
+    drawn.suptitle(
+        f"XOR, {N} samples; mean and standard deviation over {counted(n_seeds, 'data set')} and the initialisations on each"
+    )
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
