@@ -23,7 +23,7 @@ from examples.uci import runs, search
 from examples.uci.data import FILES, folds, scaled, splits, uci
 from examples.uci.recipes import METHODS, PROBLEMS, phases
 from examples.uci.tables import differences, table3
-from examples.uci.training import Epochs, Job, Plan, train
+from examples.uci.training import Epochs, Job, Plan, accuracies, train
 from lightning_cpna.sweeps import load_rows
 
 # rows, features, sizes of the smallest and largest class (the data sets' own documentation)
@@ -105,9 +105,6 @@ def test_networks_side_by_side_are_each_one_alone() -> None:
     data = [splits(blobs(n), seed).train for seed, n in enumerate((300, 300, 330))]
     data = [Split(part.x.double(), part.y) for part in data]
 
-    def small() -> nn.Module:
-        return nn.Sequential(nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3))
-
     def members() -> list[Member]:
         return [
             Member(
@@ -154,7 +151,22 @@ def test_every_network_ends_at_its_own_counts(method: str) -> None:
     for row in rows:
         assert row["effective_hidden"] <= row["live_hidden"]
         assert row["effective_input"] <= row["live_input"]
-        assert 0 <= row["chosen"] <= row["best"] <= 100
+
+
+@pytest.mark.parametrize("method", ["CPNA", "CPA", "score only", "nodes"])
+def test_a_network_that_is_pruned_beside_others_ends_as_it_does_alone(method: str) -> None:
+    n_hidden = (4, 6) if method == "nodes" else (10, 8)
+    jobs = [Job(splits(blobs(), seed, 0.1), seed, 3e-3, 1e-4, n_hidden[seed], 20) for seed in range(2)]
+    plan = Plan(METHODS[method], 16, 32, Epochs(4, 10, 10, 4), "path")
+    assert train(jobs, plan) == [row for job in jobs for row in train([job], plan)]
+
+
+def test_the_epoch_is_chosen_on_the_validation_part_and_of_equals_is_the_last() -> None:
+    nan = float("nan")
+    test, validation = torch.tensor([90.0, 95.0, 93.0, 91.0]), torch.tensor([80.0, 85.0, 85.0, 84.0])
+    assert accuracies(validation, test) == {"best": 95.0, "final": 91.0, "validation": 84.0, "chosen": 93.0}
+    assert accuracies(torch.full((4,), nan), test) == {"best": 95.0, "final": 91.0}
+    assert accuracies(validation, torch.full((4,), nan)) == {"validation": 84.0}
 
 
 def test_nodes_are_removed_to_the_equivalent_network() -> None:
@@ -229,9 +241,10 @@ def test_no_network_is_trained_longer_than_another() -> None:
 def test_the_commands_search_retrain_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "uci", lambda name, folder: blobs(150, 4, 21))
     chosen = tmp_path / "chosen.json"
-    common = ["car", "--quick", "--jobs", "1", "--out", str(tmp_path), "--chosen", str(chosen)]
+    common = ["car", "car", "--quick", "--jobs", "1", "--out", str(tmp_path)]
     monkeypatch.setattr(search, "HIDDEN", [8, 4])
     search.main(common)
+    common += ["--chosen", str(chosen)]
     settings = json.loads(chosen.read_text())["car"]
     assert set(settings) == {"NN (best)", "NN (equivalent)", "CPNA"}
     assert settings["NN (best)"]["hidden"] in (8, 4)
@@ -252,12 +265,20 @@ def test_the_commands_search_retrain_and_go_on(tmp_path: Path, monkeypatch: pyte
 def test_what_was_not_searched_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.parse(["car", "--chosen", str(tmp_path / "none.json")])
-    assert "has nothing on ['car']; python -m examples.uci.search writes it" in capsys.readouterr().err
+    assert "has nothing for NN (best) on car, NN (equivalent) on car, CPNA on car; " in capsys.readouterr().err
+    partly = tmp_path / "chosen.json"
+    partly.write_text(json.dumps({"car": {"CPNA": {}}}))
+    with pytest.raises(SystemExit):
+        command.parse(["car", "--methods", "CPA", "NN (best)", "--chosen", str(partly)])
+    assert "has nothing for NN (best) on car; python -m examples.uci.search writes it" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        search.main(["car", "--stages", "rates", "--out", str(tmp_path)])
+    assert "--stages: rates comes after grid, which" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command.parse(["iris"])
     with pytest.raises(SystemExit):
         search.main(["iris"])
-    assert "['iris'] is not here" in capsys.readouterr().err
+    assert "invalid choice: 'iris'" in capsys.readouterr().err
 
 
 def test_tables_are_of_hand_made_rows() -> None:

@@ -11,12 +11,12 @@ from typing import Any
 from rich.console import Console
 
 from examples.arguments import add_sweep_arguments, at_least, run_sweep
-from examples.uci.recipes import METHODS, PROBLEMS, phases, shortened
+from examples.uci.recipes import METHODS, PROBLEMS, add_sets, named, phases, searched, shortened
 from examples.uci.runs import retrain
-from examples.uci.search import CHOSEN
 from examples.uci.tables import table3
 from lightning_cpna.sweeps import save_rows
 
+CHOSEN = Path(__file__).parent / "results" / "chosen.json"
 SIDE_BY_SIDE = 10  # chosen: networks in one fit; more gain little, and share a core
 FIRST_SEED = 10  # the recipes' phases come from a study on splits 0 to 4, and the settings from a search on split 0
 PROTOCOLS = ("paper", "honest")
@@ -25,9 +25,7 @@ PROTOCOLS = ("paper", "honest")
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m examples.uci", description=__doc__)
-    parser.add_argument(
-        "sets", nargs="+", choices=[*PROBLEMS, "all"], metavar="set", help=f"{', '.join(PROBLEMS)} or all"
-    )
+    add_sets(parser)
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -47,13 +45,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--chosen", type=Path, default=CHOSEN, help="settings that examples.uci.search has written")
     add_sweep_arguments(parser, "runs/uci")
     args = parser.parse_args(arguments)
-    args.sets = list(PROBLEMS) if "all" in args.sets else args.sets
+    args.sets, args.methods = named(args.sets), list(dict.fromkeys(args.methods))
     args.seeds = args.seeds or (2 if args.quick else 10)
     args.protocols = PROTOCOLS if args.protocol == "both" else (args.protocol,)
     chosen = json.loads(args.chosen.read_text()) if args.chosen.is_file() else {}
-    if missing := [name for name in args.sets if name not in chosen]:
+    wanted = [(name, searched(method)) for name in args.sets for method in args.methods]
+    if missing := [
+        f"{method} on {name}" for name, method in dict.fromkeys(wanted) if method not in chosen.get(name, {})
+    ]:
         parser.error(
-            f"argument --chosen: {args.chosen} has nothing on {missing}; python -m examples.uci.search writes it"
+            f"argument --chosen: {args.chosen} has nothing for {', '.join(missing)}; python -m examples.uci.search writes it"
         )
     args.settings = [
         setting(name, method, protocol, chosen[name], seeds, args.quick)
@@ -68,9 +69,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def setting(
     name: str, method: str, protocol: str, chosen: dict[str, dict[str, Any]], seeds: list[int], quick: bool
 ) -> dict[str, Any]:
-    """Return the arguments of `retrain`. What is not in the paper's table has CPNA's settings."""
+    """Return the arguments of `retrain`."""
     problem, epochs = PROBLEMS[name], phases(PROBLEMS[name], method)
-    choice = dict(chosen.get(method, chosen["CPNA"]))
+    choice = dict(chosen[searched(method)])
     if method == "nodes":
         choice["n_hidden"] = problem.equivalent
     plan = {key: choice.pop(key) for key in ("hidden", "batch_size", "score")}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from examples.uci.training import Epochs, Method
@@ -117,6 +119,23 @@ PROBLEMS = {
         grid_epochs=30,
     ),
 }
+
+
+def add_sets(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that names the sets."""
+    parser.add_argument(
+        "sets", nargs="+", choices=[*PROBLEMS, "all"], metavar="set", help=f"{', '.join(PROBLEMS)} or all"
+    )
+
+
+def named(sets: Iterable[str]) -> list[str]:
+    """Return the sets that the argument names, each once."""
+    return list(PROBLEMS if "all" in sets else dict.fromkeys(sets))
+
+
+def searched(method: str) -> str:
+    """Return the method whose settings a method has: its own if the paper's table has it, else CPNA's."""
+    return method if METHODS[method] == "NN" else "CPNA"
 
 
 def dense(epochs: int, fine_tuning: int) -> Epochs:

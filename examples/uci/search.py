@@ -6,19 +6,17 @@ import argparse
 import json
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from examples.arguments import add_sweep_arguments, at_least, run_sweep
 from examples.results import Row, mean_and_spread
-from examples.uci.recipes import PROBLEMS, dense, phases, shortened
+from examples.uci.recipes import PROBLEMS, add_sets, dense, named, phases, shortened
 from examples.uci.runs import cross_validate
 from examples.uci.training import Epochs
 from lightning_cpna.sweeps import grid, log_hparams, save_rows
 
-CHOSEN = Path(__file__).parent / "results" / "chosen.json"
 HIDDEN, WEIGHT_DECAY, BATCH_SIZES = (
     [16, 32, 64, 128, 256, 512],
     [1e-4, 1e-3, 1e-2, 1e-1],
@@ -33,6 +31,7 @@ STAGES = {
     "grid": ("hidden", "batch_size", "weight_decay"),
     "rates": ("lr", "weight_decay"),
 }
+BEFORE = {"levels": ("pruning", "CPNA"), "rates": ("grid", "NN (best)")}  # by stage: which it needs, for which method
 Choice = dict[str, Any]
 
 
@@ -109,21 +108,21 @@ def choose(stage: str, rows: list[Row], chosen: dict[str, Choice]) -> dict[str, 
 def main(arguments: list[str] | None = None) -> None:
     """Run stages of the search one after the other; write every result, and what is chosen."""
     parser = argparse.ArgumentParser(prog="python -m examples.uci.search", description=__doc__)
-    parser.add_argument("sets", nargs="*", help=f"{', '.join(PROBLEMS)} (default: all)")
+    add_sets(parser)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all, in this order")
     parser.add_argument(
         "--runs", type=at_least(1), default=1, help="draws of the five folds for each setting (default: 1; paper: 10)"
     )
     parser.add_argument("--quick", action="store_true", help="a tenth of the epochs")
-    parser.add_argument("--chosen", type=Path, default=CHOSEN, help=f"what is chosen (default: {CHOSEN})")
     add_sweep_arguments(parser, "runs/uci")
     args = parser.parse_args(arguments)
-    if unknown := set(args.sets) - set(PROBLEMS):
-        parser.error(f"argument sets: {sorted(unknown)} is not here; allowed are {', '.join(PROBLEMS)}")
     console = Console()
-    sets = args.sets or list(PROBLEMS)
-    chosen: dict[str, dict[str, Choice]] = json.loads(args.chosen.read_text()) if args.chosen.is_file() else {}
-    for stage in args.stages:
+    sets, file = named(args.sets), args.out / "chosen.json"
+    chosen: dict[str, dict[str, Choice]] = json.loads(file.read_text()) if file.is_file() else {}
+    for stage in sorted(args.stages, key=list(STAGES).index):
+        earlier, method = BEFORE.get(stage, ("", ""))
+        if earlier and (missing := [name for name in sets if method not in chosen.get(name, {})]):
+            parser.error(f"argument --stages: {stage} comes after {earlier}, which {file} has not for {missing}")
         wanted = [
             setting | {"run": run} | ({"epochs": list(shortened(Epochs(*setting["epochs"]), 10))} if args.quick else {})
             for name in sets
@@ -148,7 +147,8 @@ def main(arguments: list[str] | None = None) -> None:
                 dict(zip(keys, values, strict=True)) | {"validation": mean} for values, (mean, _) in means.items()
             ]
             log_hparams(points, keys, ["validation"], args.out / "tensorboard" / stage / name)
-        args.chosen.write_text(json.dumps(chosen, indent=1) + "\n")
+        file.write_text(json.dumps(chosen, indent=1) + "\n")
+    console.print(f"chosen:   {file}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Table 3 beside the paper's, and the paired differences: `python -m examples.uci.tables FOLDER --readme README.md`."""
+"""Table 3 beside the paper's, and the paired differences: `python -m examples.uci.tables table3.csv --readme README.md`."""
 
 from __future__ import annotations
 

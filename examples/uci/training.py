@@ -154,7 +154,7 @@ def train(jobs: Sequence[Job], plan: Plan) -> list[Row]:
     curves = Curves([job.data for job in jobs], 0 if is_dense else sum(plan.epochs[:3]))
     fit(module, plan.batch_size, [*callbacks(jobs, plan, steps_an_epoch(members, plan.batch_size)), curves])
     validation, test = torch.tensor(curves.validation), torch.tensor(curves.test)  # (epoch, network)
-    return [_accuracies(validation[:, i], test[:, i]) | connections(module, f"nets.{i}") for i in range(len(jobs))]
+    return [accuracies(validation[:, i], test[:, i]) | connections(module, f"nets.{i}") for i in range(len(jobs))]
 
 
 def _network(job: Job, hidden: int) -> nn.Module:
@@ -166,7 +166,7 @@ def _network(job: Job, hidden: int) -> nn.Module:
     )
 
 
-def _accuracies(validation: Tensor, test: Tensor) -> Row:
+def accuracies(validation: Tensor, test: Tensor) -> Row:
     """Summarise the curves of one network, ``(epoch,)`` each; a part that is empty says nothing."""
     found: Row = {}
     if not test.isnan().any():
