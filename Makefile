@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: env demo test test-slow benchmark results results-saliency results-asu results-tickets results-uci format clean
+.PHONY: env demo test test-slow benchmark results results-figures results-saliency results-asu results-tickets results-uci format clean
 
 env: $(VENV)/installed
 
@@ -39,6 +39,11 @@ results: env
 	cp runs/results/3d/3d_p60_training.csv runs/results/3d/3d_p60_training.png runs/results/3d/3d_p60_connections.png runs/results/3d/3d_p60_connectivity_cpna_all.png examples/xor/results/
 	$(BIN)/python -m examples.xor.table examples/xor/results/*.json --readme README.md
 
+# The paper's other figures of the XOR problem, from fewer repeats (all of them: --full), and networks with more layers.
+results-figures: env
+	for name in minima threshold width deep; do $(BIN)/python -m examples.xor.$$name --out runs/figures/$$name --readme README.md || exit 1; done
+	cp runs/figures/*/*.csv runs/figures/*/*.png examples/xor/results/
+
 # What the README says of saliencies: five seeds; MNIST is downloaded, or in the folder that LIGHTNING_CPNA_DATA names.
 results-saliency: env
 	$(BIN)/python -m examples.saliency --experiments removable curves smaller concentration --seeds 5 --out runs/saliency
@@ -62,11 +67,11 @@ results-tickets: env
 	$(BIN)/python -m examples.xor.retrain --k 5 --seeds 5 --first-seed 3000 --out runs/retrain/5
 	$(BIN)/python -m examples.xor.retrain --from-results runs/retrain/34 runs/retrain/5 --out examples/xor/results/retrain --readme README.md
 
-# What the README says of the UCI sets: the search on the training part of split 0, then ten other splits of the three methods.
+# What the README says of the UCI sets: the search on the training part of split 0, then ten other splits.
 results-uci: env
-	$(BIN)/python -m examples.uci.search --out runs/uci
-	cp runs/uci/search_*.csv examples/uci/results/
-	$(BIN)/python -m examples.uci all --protocol paper --out runs/uci
+	$(BIN)/python -m examples.uci.search all --out runs/uci
+	cp runs/uci/search_*.csv runs/uci/chosen.json examples/uci/results/
+	$(BIN)/python -m examples.uci all --methods "NN (best)" "NN (equivalent)" CPNA CPA "score only" nodes --out runs/uci
 	cp runs/uci/table3.csv examples/uci/results/
 	$(BIN)/python -m examples.uci.tables examples/uci/results/table3.csv --readme README.md
 

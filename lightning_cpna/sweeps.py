@@ -143,7 +143,8 @@ def sweep(
         if backend == "ray":
             _register_ray()
         with joblib.parallel_config(backend=backend):
-            failures = _run_all(Parallel(n_jobs=n_jobs), joblib.delayed(_run), function, missing)
+            run = partial(_run, function, owner=os.getpid() if backend == "loky" else None)
+            failures = _run_all(Parallel(n_jobs=n_jobs), joblib.delayed(run), missing)
     failed = [failure.setting for failure in failures]
     if lost := [setting for file, setting in missing.items() if not file.is_file() and setting not in failed]:
         raise RuntimeError(
@@ -274,14 +275,14 @@ def _parts(file: Path) -> list[Path]:
     return list(file.parent.glob(f"{file.name}.*.part"))
 
 
-def _run_all(parallel: Any, run: Any, function: RunFunction, missing: dict[Path, dict[str, Any]]) -> list[Failure]:
+def _run_all(parallel: Any, run: Any, missing: dict[Path, dict[str, Any]]) -> list[Failure]:
     """Run settings; where a process dies, go on with what was not begun, then with each that was under way alone."""
     failures: list[Failure] = []
     groups = [missing]
     while groups:
         group = groups.pop(0)
         try:
-            found = parallel(run(function, file, setting) for file, setting in group.items())
+            found = parallel(run(file, setting) for file, setting in group.items())
             failures += [failure for failure in found if failure is not None]
         except BrokenProcessPool as error:
             left = {file: setting for file, setting in group.items() if not file.is_file()}
@@ -296,8 +297,13 @@ def _run_all(parallel: Any, run: Any, function: RunFunction, missing: dict[Path,
     return failures
 
 
-def _run(function: RunFunction, file: Path, setting: dict[str, Any]) -> Failure | None:
-    """Run one setting and save its rows; as long as it is under way, its unfinished file is there."""
+def _run(function: RunFunction, file: Path, setting: dict[str, Any], owner: int | None) -> Failure | None:
+    """Run one setting and save its rows; as long as it is under way, its unfinished file is there.
+
+    Where the owner, the process of the sweep, was killed, its workers begin nothing more.
+    """
+    if owner is not None and owner not in (os.getpid(), os.getppid()):
+        return None
     unfinished = file.with_name(f"{file.name}.{os.getpid()}.part")
     unfinished.touch()
     threads = torch.get_num_threads()

@@ -323,6 +323,18 @@ def test_parallel_sweeps_killed_at_many_moments_end_as_an_undisturbed_one(tmp_pa
 
 
 @pytest.mark.slow
+def test_workers_of_a_killed_sweep_begin_nothing_more(tmp_path: Path) -> None:
+    process = start(tmp_path / "sweep", 2)
+    while len(list(tmp_path.glob("sweep/runs/*.json"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    time.sleep(3)  # thirty runs' time
+    assert len(list(tmp_path.glob("sweep/runs/*.json"))) <= 2 + 4, "those that were under way, and some that just ended"
+
+
+@pytest.mark.slow
 def test_two_workers_on_ray_and_on_loky_give_the_same_file(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the extra 'ray' is not installed")
     for backend in ("loky", "ray"):

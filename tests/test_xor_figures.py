@@ -127,7 +127,7 @@ def test_widths_are_shown_by_method_and_problem() -> None:
 def test_deep_networks_end_at_their_counts(depth: int, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deep, "N", 500)
     row = deep.deep(depth=depth, method=method, seed=1, epochs=40)
-    widths, counts = deep.DEPTHS[depth]
+    widths, counts, _ = deep.DEPTHS[depth]
     sizes = (deep.P, *widths, 1)
     expected = sum(a * b for a, b in itertools.pairwise(sizes)) if method == "nn" else sum(counts)
     assert row["connections"] == expected
@@ -148,7 +148,7 @@ def test_a_command_writes_its_rows_its_figure_and_its_table(
         "deep": {
             "SIZES": {"quick": (1, 40)},
             "N": 250,
-            "DEPTHS": {n: deep.Depth((32,) * n, (24,) * n + (8,)) for n in (2, 3)},
+            "DEPTHS": {n: deep.Depth((32,) * n, (24,) * n + (8,), 1e-3) for n in (2, 3)},
         },
     }
     n_rows = {"minima": 2 * 2, "threshold": 2 * 2, "width": 3 * 2 * 2 + 3, "deep": 6}
