@@ -41,7 +41,7 @@ DEPTHS = {
     2: Depth((512, 64), (24, 64, 12), weight_decay=1e-2),
     3: Depth((512, 128, 32), (48, 128, 64, 16), weight_decay=5e-3),
 }
-SIZES = {"quick": (1, 40), "reduced": (5, EPOCHS), "full": (10, EPOCHS)}  # seeds, epochs
+SIZES = {"quick": (1, 200), "reduced": (5, EPOCHS), "full": (10, EPOCHS)}  # seeds, epochs
 
 
 class DeepNet(pl.LightningModule):
