@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 CHECKPOINT_KEY = "lightning_cpna"
 STATE_VERSION = 1
+MANY = 0.01  # chosen: of a weight, the share of zeros that no initialisation draws by chance
 SHRINK_FRACTION, SHRINK_PAUSE = 0.1, 10  # chosen: a cut costs about as much as a few steps of the larger network
 _UNSERVED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
 
@@ -252,7 +253,11 @@ class SparsityCallback(Callback):
         for name in self._fit.names:
             n_zeros = int((sparsity.tensors[name] == 0).sum())
             mask = sparsity.masks[name]
-            if not isinstance(mask, ListMask) and mask.all_live and mask.dead.numel() > n_zeros > 0:
+            if (
+                not isinstance(mask, ListMask)
+                and mask.all_live
+                and mask.dead.numel() > n_zeros > MANY * mask.dead.numel()
+            ):
                 warnings.warn(
                     f"{self.name}: {name!r} has {n_zeros} exact zeros but no mask, so they will train; to keep them, set "
                     "sparsity_of(module).masks = infer_masks(module, [...]) before fit",

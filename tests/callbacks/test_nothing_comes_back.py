@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,15 @@ def test_inferred_masks_are_held_and_zeros_without_a_mask_are_pointed_out() -> N
     assert torch.equal(other.net[0].weight != 0, model.net[0].weight != 0)
     with pytest.warns(UserWarning, match=r"'net.0.weight' has 87 exact zeros but no mask.*infer_masks"):
         trainer(pruning()).fit(warned, data())
+
+
+def test_a_zero_that_an_initialisation_drew_by_chance_is_not_pointed_out() -> None:
+    model = Classifier(nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 1)))
+    with torch.no_grad():
+        model.net[0].weight[3, 2] = 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*exact zeros.*")
+        trainer(pruning()).fit(model, data())
 
 
 class InParts(Classifier):
