@@ -62,7 +62,7 @@ def draw(rows: list[Row]) -> Figure:
         axes.set(title=title, xlabel="dimensions p", ylim=(45, 101))
         axes.grid(alpha=0.3)
     drawn.axes[0].set_ylabel("test AUC, %")
-    drawn.axes[0].legend(frameon=False)
+    drawn.legend(*drawn.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     n_sets = len({row["data_seed"] for row in rows})
     drawn.suptitle(f"{K}-D XOR, {HIDDEN} hidden units, mean and range over {counted(n_sets, 'data set')}")
     return drawn
