@@ -126,8 +126,9 @@ def sweep(
     files = _files(function, [dict(setting) for setting in settings], folder)
     folder.mkdir(parents=True, exist_ok=True)
     missing = {file: setting for file, setting in files.items() if not file.is_file()}
-    for left in (part for file in missing for part in _parts(file)):
-        left.unlink(missing_ok=True)
+    for part in folder.glob("*.json.*.part"):
+        if part.with_name(f"{part.name.split('.')[0]}.json") in missing:
+            part.unlink(missing_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task(title, total=len(missing))
