@@ -1,7 +1,14 @@
 """Sparse training for PyTorch Lightning: prune, rewire, rewind and explain any LightningModule."""
 
 from lightning_cpna.activations import UnitActivity, Watch
-from lightning_cpna.callbacks import CPNAPruning, DeadUnitLogger, NeuronPruning, SETRewiring, TicketRewind
+from lightning_cpna.callbacks import (
+    AlignmentLogger,
+    CPNAPruning,
+    DeadUnitLogger,
+    NeuronPruning,
+    SETRewiring,
+    TicketRewind,
+)
 from lightning_cpna.compact import Compacted, compact, load_compact
 from lightning_cpna.cost import Cost, cost_of
 from lightning_cpna.graph import Graph
@@ -28,6 +35,7 @@ from lightning_cpna.unit_scores import UnitInputs, UnitScore
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlignmentLogger",
     "Annealing",
     "Axes",
     "Budget",

@@ -124,12 +124,13 @@ def check_followed(graph: Graph, name: str) -> None:
 
 def mean_loss(module: nn.Module, batches: Sequence[Any], loss: Loss) -> float:
     """Return the mean loss over the examples of all batches."""
-    values = [(float(loss(module, batch)), _n_examples(batch)) for batch in batches]
+    values = [(float(loss(module, batch)), n_examples(batch)) for batch in batches]
     if not values:
         raise ValueError("batches is empty; allowed is at least one batch")
     return sum(value * n for value, n in values) / sum(n for _, n in values)
 
 
-def _n_examples(batch: Any) -> int:
+def n_examples(batch: Any) -> int:
+    """Return how many examples a batch has: the length of its first tensor, 1 if it has none."""
     tensors = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim]
     return len(tensors[0]) if tensors else 1

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc
 
 from examples.arguments import run_sweep
+from examples.command import finish, parse
 from examples.data import Split, loader
 from examples.quiet import silence
 from examples.results import Row, counted, mean_and_spread
-from examples.xor.command import finish, parse
 from examples.xor.problem import XORData
 from examples.xor.training import OF_WEIGHTS
 from lightning_cpna import Annealing, CPNAPruning, Geometric, sparsity_of
@@ -178,11 +178,11 @@ def draw(rows: list[Row]) -> Figure:
 def main(arguments: list[str] | None = None) -> None:
     """Train, write the results, and draw them."""
     sizes = {name: f"{counted(seeds, 'seed')} of {epochs} epochs" for name, (seeds, epochs) in SIZES.items()}
-    args = parse("deep", __doc__, sizes, arguments)
+    args = parse("examples.xor.deep", __doc__, arguments, sizes=sizes)
     n_seeds, epochs = SIZES[args.size]
     seeds = range(FIRST_SEED, FIRST_SEED + n_seeds)
     rows = run_sweep(args, deep, grid(depth=DEPTHS, method=METHODS, seed=seeds, epochs=[epochs]), title="deep")
-    finish(args, "deep", rows, draw(rows), table(rows))
+    finish(args, "examples.xor.deep", rows, draw(rows), table(rows))
 
 
 if __name__ == "__main__":

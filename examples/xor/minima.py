@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from examples.arguments import run_sweep
+from examples.command import finish, parse
 from examples.results import Row, counted
-from examples.xor.command import finish, parse
 from examples.xor.dense import dense
 from lightning_cpna.sweeps import grid
 
@@ -86,9 +86,9 @@ def table(rows: list[Row]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Train, write the minima, and draw them."""
     sizes = {name: f"{a} initialisations on {counted(b, 'data set')}" for name, (a, b, _) in SIZES.items()}
-    args = parse("minima", __doc__, sizes, arguments)
+    args = parse("examples.xor.minima", __doc__, arguments, sizes=sizes)
     rows = run_sweep(args, dense, settings(args.size), title="minima")
-    finish(args, "minima", rows, draw(rows), table(rows))
+    finish(args, "examples.xor.minima", rows, draw(rows), table(rows))
 
 
 if __name__ == "__main__":

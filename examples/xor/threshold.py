@@ -8,8 +8,8 @@ import torch
 from matplotlib.figure import Figure
 
 from examples.arguments import run_sweep
+from examples.command import finish, parse
 from examples.results import Row, counted, mean_and_spread
-from examples.xor.command import finish, parse
 from examples.xor.dense import BATCH_SIZE, dense
 from examples.xor.pruned import pruned
 from lightning_cpna.sweeps import grid
@@ -85,7 +85,7 @@ def table(rows: list[Row]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Train, write the results, and draw them."""
     sizes = {name: f"{counted(it.seeds, 'data set')}, {len(it.dimensions)} dimensions" for name, it in SIZES.items()}
-    args = parse("threshold", __doc__, sizes, arguments)
+    args = parse("examples.xor.threshold", __doc__, arguments, sizes=sizes)
     size = SIZES[args.size]
     seeds = range(FIRST_SEED, FIRST_SEED + size.seeds)
     problems = {"k": [K], "hidden": [HIDDEN], "p": size.dimensions, "data_seed": seeds}
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     fsa_cpna = grid(**problems, n=size.samples["fsa_cpna"], method=["fsa_cpna"])
     rows = [{"method": "nn", **row} for row in run_sweep(args, dense, nn, title="NN")]
     rows += run_sweep(args, pruned, fsa_cpna, title="FSA + CPNA")
-    finish(args, "threshold", rows, draw(rows), table(rows))
+    finish(args, "examples.xor.threshold", rows, draw(rows), table(rows))
 
 
 if __name__ == "__main__":

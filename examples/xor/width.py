@@ -6,8 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from examples.arguments import run_sweep
+from examples.command import finish, parse
 from examples.results import Row, counted, mean_and_spread
-from examples.xor.command import finish, parse
 from examples.xor.dense import dense
 from examples.xor.figures import TITLES
 from examples.xor.pruned import pruned
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
         size: f"{counted(it[0], 'data set')}, NN from {counted(it[1], 'initialisation')} on each"
         for size, it in SIZES.items()
     }
-    args = parse("width", __doc__, sizes, arguments)
+    args = parse("examples.xor.width", __doc__, arguments, sizes=sizes)
     n_seeds, n_inits, widths, compared = SIZES[args.size]
     seeds = range(FIRST_SEED, FIRST_SEED + n_seeds)
     nn = [
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     three = grid(k=[5], p=[P], n=[N], hidden=compared, method=METHODS, data_seed=seeds)
     rows = [{"figure": 4, "method": "nn", **row} for row in run_sweep(args, dense, nn, title="Fig. 4")]
     rows += [{"figure": 6, **row} for row in run_sweep(args, pruned, three, title="Fig. 6")]
-    finish(args, "width", rows, draw(rows), table(rows))
+    finish(args, "examples.xor.width", rows, draw(rows), table(rows))
 
 
 if __name__ == "__main__":

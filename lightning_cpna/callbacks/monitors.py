@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from lightning_cpna._lightning import Callback, LightningModule, Trainer
 from lightning_cpna.activations import Watch
 from lightning_cpna.callbacks.capture import Capture, running_eagerly, trace_few
 from lightning_cpna.graph import Graph
+from lightning_cpna.landscape.alignment import Alignment, alignment, filters_of, plot_alignment
 from lightning_cpna.layers import layers_of
+from lightning_cpna.plots import log_figure
 
 
 class DeadUnitLogger(Callback):
@@ -103,3 +107,100 @@ class DeadUnitLogger(Callback):
         if self._capture is not None:
             self._capture.close()
             self._capture = None
+
+
+class AlignmentLogger(Callback):
+    """Records the weight vectors of layers over training, so that one can watch them cluster.
+
+    It looks when the fit begins and after every so many training epochs. For each layer it logs the median angle of the
+    vectors to the centres of their clusters (see ``landscape.alignment``), the share that is within 15 degrees, and the frame
+    potential; TensorBoard also gets a figure beside that of the beginning, and the vectors themselves for its projector,
+    where the steps are told apart by name.
+
+    Args:
+        layers: Names of the weights, for instance ``["net.0.weight"]``.
+        n_clusters: Clusters of each layer's vectors.
+        every_n_epochs: Epochs from one look to the next.
+        name: Prefix of what is logged.
+
+    Raises:
+        ValueError: If an argument is out of range, or, when the fit begins, a layer is not there or has fewer vectors than
+            clusters.
+
+    Logged, for each layer: ``{name}/{weight}/median_angle``, ``{name}/{weight}/within_15`` and
+    ``{name}/{weight}/frame_potential``; as a figure and as an embedding ``{name}/{weight}``.
+
+    Example:
+        >>> AlignmentLogger(["net.0.weight"], n_clusters=4).every_n_epochs
+        1
+    """
+
+    def __init__(
+        self, layers: Sequence[str], *, n_clusters: int = 4, every_n_epochs: int = 1, name: str = "alignment"
+    ) -> None:
+        layers = [layers] if isinstance(layers, str) else list(layers)
+        if not layers:
+            raise ValueError("layers is empty; allowed is at least one name of a weight")
+        for argument, value in (("n_clusters", n_clusters), ("every_n_epochs", every_n_epochs)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{argument} is {value!r}; allowed is an int >= 1")
+        if not name:
+            raise ValueError("name is ''; allowed is any text")
+        self.layers, self.n_clusters, self.every_n_epochs, self.name = layers, n_clusters, every_n_epochs, name
+        self._first: dict[str, Alignment] = {}
+
+    @property
+    def state_key(self) -> str:
+        """The key in a checkpoint, one for each name."""
+        return self._generate_state_key(name=self.name)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier fit."""
+        if stage == "fit":
+            self._first = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the vectors of the beginning."""
+        return {"first": {layer: found.filters for layer, found in self._first.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the vectors of the beginning from a checkpoint."""
+        self._first = {layer: self._cluster(filters) for layer, filters in state_dict["first"].items()}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the beginning; where training goes on from a checkpoint, the beginning is the checkpoint's."""
+        if not self._first:
+            self._record(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look again."""
+        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._record(trainer, pl_module)
+
+    def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        for layer in self.layers:
+            found = self._cluster(filters_of(pl_module, layer))
+            first = self._first.setdefault(layer, found)
+            tag, step = f"{self.name}/{layer}", trainer.global_step
+            values = {
+                "median_angle": found.angle(),
+                "within_15": found.share_within(15),
+                "frame_potential": found.frame_potential,
+            }
+            loggers: list[Any] = trainer.loggers
+            for logger in loggers:
+                logger.log_metrics({f"{tag}/{key}": value for key, value in values.items()}, step)
+                if hasattr(logger.experiment, "add_embedding"):
+                    logger.experiment.add_embedding(
+                        found.filters,
+                        metadata=list(zip(found.units.tolist(), found.clusters.tolist(), strict=True)),
+                        metadata_header=["unit", "cluster"],
+                        tag=tag,
+                        global_step=step,
+                    )
+            log_figure(loggers, tag, partial(plot_alignment, found, first), step)
+
+    def _cluster(self, filters: Any) -> Alignment:
+        return alignment(filters, self.n_clusters)

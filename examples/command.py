@@ -1,0 +1,62 @@
+"""The command line that the modules of single figures share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from examples.arguments import add_sizes, add_sweep_arguments, at_least
+from examples.readme import fill
+from examples.results import Row
+from lightning_cpna.sweeps import save_rows
+
+
+def parse(
+    module: str,
+    description: str | None,
+    arguments: list[str] | None,
+    *,
+    sizes: dict[str, str] | None = None,
+    seeds: int | None = None,
+    data: bool = False,
+) -> argparse.Namespace:
+    """Read the command line.
+
+    Args:
+        module: The module's name.
+        description: What it does.
+        arguments: The words; None: those of the process.
+        sizes: As in `add_sizes`, if there are sizes.
+        seeds: How many seeds are the default, if that can be chosen.
+        data: Whether there is a data folder.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    if sizes is not None:
+        add_sizes(parser, sizes)
+    if seeds is not None:
+        parser.add_argument("--seeds", type=at_least(1), default=seeds, help=f"how many seeds (default: {seeds})")
+    add_sweep_arguments(parser, f"runs/{'_'.join(module.split('.')[1:])}", data=data)
+    parser.add_argument("--readme", type=Path, help="a file with the marks of the table")
+    return parser.parse_args(arguments)
+
+
+def finish(args: argparse.Namespace, module: str, rows: list[Row], figure: Figure, table: str) -> None:
+    """Write ``NAME.csv`` and ``NAME.png``, and print the table; with ``--readme`` put it into that file.
+
+    Args:
+        args: What `parse` returned.
+        module: The module's name; NAME is its last part.
+        rows: The results.
+        figure: What shows them.
+        table: What sums them up, in Markdown.
+    """
+    console, name = Console(), module.split(".")[-1]
+    console.print(f"results:  {save_rows(rows, args.out / f'{name}.csv')}")
+    figure.savefig(args.out / f"{name}.png", dpi=110)
+    console.print(f"figure:   {args.out / f'{name}.png'}")
+    print(table)
+    if args.readme:
+        args.readme.write_text(fill(args.readme.read_text(), module, table))

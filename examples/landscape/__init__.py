@@ -1,0 +1,1 @@
+"""Why sparse training works where it does: the papers' claims about loss landscapes, a module each."""
