@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: env demo test test-slow benchmark results results-figures results-saliency results-asu results-tickets results-uci format clean
+.PHONY: env demo test test-slow benchmark results results-figures results-saliency results-asu results-tickets results-uci results-landscape format clean
 
 env: $(VENV)/installed
 
@@ -74,6 +74,12 @@ results-uci: env
 	$(BIN)/python -m examples.uci all --methods "NN (best)" "NN (equivalent)" CPNA CPA "score only" nodes --out runs/uci
 	cp runs/uci/table3.csv examples/uci/results/
 	$(BIN)/python -m examples.uci.tables examples/uci/results/table3.csv --readme README.md
+
+# What the README says of loss landscapes; MNIST as above.
+results-landscape: env
+	for name in evci level_sets sagun xord filters cpna; do \
+	  $(BIN)/python -m examples.landscape.$$name --out runs/landscape/$$name --readme README.md || exit 1; done
+	cp runs/landscape/*/*.csv runs/landscape/*/*.png examples/landscape/results/
 
 format: env
 	$(BIN)/ruff check --fix .

@@ -37,6 +37,7 @@ PATHS = {
     "retrained to pruned, quadratic": 2,
     "retrained to pruned, cubic": 3,
 }
+CURVE_STEPS = 400
 SHOWN = 60  # eigenvalues of the small networks
 
 
@@ -138,7 +139,9 @@ def look(*, seed: int) -> list[Row]:
     }
     for path, degree in PATHS.items():
         surface, start, end = pairs[path.split(",")[0]]
-        seen = follow(surface, fit_curve(surface, start, end, degree), others={"auc": tests[surface]})
+        seen = follow(
+            surface, fit_curve(surface, start, end, degree, steps=CURVE_STEPS), others={"auc": tests[surface]}
+        )
         summary = {"what": "path", "path": path, "barrier": seen.barrier_above_worse_end, "length": seen.arc_length}
         found += [
             {**summary, "t": t, "loss": loss, "test_auc": value}

@@ -24,6 +24,7 @@ from lightning_cpna.sweeps import grid
 
 MODULE = "examples.landscape.evci"
 STEPS, FINE_TUNING, LR = 1000, 3000, 0.01  # the dense network, and each sparse one until it has converged
+CURVE_STEPS = 400
 
 
 class Task(NamedTuple):
@@ -94,14 +95,13 @@ def paths(*, task: str, seed: int) -> list[Row]:
         errors = LossSurface(good, [batch], error, masks={} if surface is every else None)
         seen = follow(surface, curve, others={"error": errors})
         summary = {
-            "barrier": seen.barrier_above_worse_end,
+            "barrier": round(seen.barrier_above_worse_end, 6),
             "monotone": int(seen.is_monotone),
-            "gradient_start": seen.gradient_norms[0],
-            "gradient_end": seen.gradient_norms[1],
-            "length": seen.arc_length,
+            "gradient_start": round(seen.gradient_norms[0], 6),
+            "gradient_end": round(seen.gradient_norms[1], 6),
         }
         found.extend(
-            {"path": path, "t": t, "loss": loss, "error": wrong, **summary}
+            {"path": path, "t": round(t, 4), "loss": round(loss, 6), "error": round(wrong, 4), **summary}
             for t, loss, wrong in zip(seen.t.tolist(), seen.losses.tolist(), seen.others["error"].tolist(), strict=True)
         )
 
@@ -110,7 +110,7 @@ def paths(*, task: str, seed: int) -> list[Row]:
     for path in PATHS:
         surface = every if "all" in path else live
         ends = surface.point(bad.state_dict()), surface.point(good.state_dict())
-        look(path, surface, fit_curve(surface, *ends, DEGREES[path.split(",")[0]]))
+        look(path, surface, fit_curve(surface, *ends, DEGREES[path.split(",")[0]], steps=CURVE_STEPS))
     return found
 
 

@@ -122,7 +122,7 @@ def table(rows: list[Row]) -> str:
 def draw(rows: list[Row]) -> Figure:
     """Draw the angles before and after, a panel for each number of filters."""
     figure = Figure(figsize=(15, 4.2), layout="constrained")
-    for filters, axes in zip(FILTERS, figure.subplots(1, 3, sharey=True), strict=True):
+    for filters, axes in zip(FILTERS, figure.subplots(1, len(FILTERS), sharey=True), strict=True):
         for state, colour in (("initialisation", "0.6"), ("trained", "C0")):
             own = [row for row in rows if (row["filters"], row["state"]) == (filters, state)]
             shares = mean_and_spread(own, ("degrees",), "share")

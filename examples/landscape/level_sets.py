@@ -157,7 +157,7 @@ def draw(rows: list[Row]) -> Figure:
     """Draw one walk of each kind, and where all of them lead."""
     figure = Figure(figsize=(15, 8.5), layout="constrained")
     panels = figure.subplots(2, 3)
-    shown = Case("digits", "relu", 1e-3)
+    shown = CASES[-1]
     own = [row for row in rows if _is(row, shown) and row["seed"] == 0]
     for way, colour in zip(WALKS, ("C0", "C3", "C1"), strict=True):
         path = [row for row in own if row["way"] == way]
@@ -182,7 +182,7 @@ def draw(rows: list[Row]) -> Figure:
         axes.set(xlabel="first principal component", ylabel="second")
         axes.set_title(f"{TITLES[way]}: {path[0]['shown']:.0%} of the variance in this plane")
     for axes, data in zip(panels[1, :2], WIDTHS, strict=True):
-        for case, colour in zip([case for case in CASES if case.data == data], ("C0", "C1", "C2", "C4"), strict=True):
+        for case, colour in zip([case for case in CASES if case.data == data], ("C0", "C1", "C2", "C4"), strict=False):
             for first, last in _ends(rows, case, "l2"):
                 axes.plot([first["norm"], last["norm"]], [first["test_loss"], last["test_loss"]], alpha=0)
                 axes.annotate(
