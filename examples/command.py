@@ -40,7 +40,16 @@ def parse(
         parser.add_argument("--seeds", type=at_least(1), default=seeds, help=f"how many seeds (default: {seeds})")
     add_sweep_arguments(parser, f"runs/{'_'.join(module.split('.')[1:])}", data=data)
     parser.add_argument("--readme", type=Path, help="a file with the marks of the table")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.is_quick = sizes is not None and args.size == "quick"
+    if args.readme:
+        if args.is_quick:
+            parser.error("argument --readme: not allowed with --quick, whose numbers are no results")
+        try:
+            fill(args.readme.read_text(), module, "")
+        except (OSError, ValueError) as error:
+            parser.error(f"argument --readme: {args.readme}: {error}")
+    return args
 
 
 def finish(args: argparse.Namespace, module: str, rows: list[Row], figure: Figure, table: str) -> None:
@@ -58,5 +67,9 @@ def finish(args: argparse.Namespace, module: str, rows: list[Row], figure: Figur
     figure.savefig(args.out / f"{name}.png", dpi=110)
     console.print(f"figure:   {args.out / f'{name}.png'}")
     print(table)
+    if args.is_quick:
+        console.print(
+            "This was a quick look, of shortened training: what it shows need not be what the full size shows."
+        )
     if args.readme:
         args.readme.write_text(fill(args.readme.read_text(), module, table))

@@ -94,7 +94,8 @@ def sweep(
             part of what identifies a run.
         settings: JSON values by name.
         folder: Where finished runs are kept; on a cluster, a folder that all machines share.
-        n_jobs: How many runs at a time; -1: as many as there are cores, in the machine or the cluster.
+        n_jobs: How many runs at a time; -1: as many as there are cores, in the machine or the cluster; 1: one after the other
+            in this process, which a run that kills its process then ends, too.
         backend: "loky": processes of this machine. "ray": the Ray cluster that ``RAY_ADDRESS`` names or ``ray.init`` has
             joined, else a local one.
         title: What the progress bar says.
@@ -120,8 +121,10 @@ def sweep(
     joblib = _joblib()
     if backend not in ("loky", "ray"):
         raise ValueError(f"backend is {backend!r}; allowed is one of 'loky', 'ray'")
-    if n_jobs != -1 and n_jobs < 1:
-        raise ValueError(f"n_jobs is {n_jobs}; allowed is -1, or 1 or more")
+    if type(n_jobs) is not int or (n_jobs != -1 and n_jobs < 1):
+        raise ValueError(f"n_jobs is {n_jobs!r}; allowed is -1, or an int >= 1")
+    if isinstance(settings, Mapping):
+        raise TypeError("settings is a mapping; allowed are several mappings, one a run, as grid(...) returns them")
     folder = Path(folder).absolute()
     files = _files(function, [dict(setting) for setting in settings], folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,17 +164,25 @@ def save_rows(rows: Iterable[Mapping[str, Any]], file: str | Path) -> Path:
     """Write rows as a table; return the file.
 
     Args:
-        rows: Entries by column name; a column that a row lacks is empty in it.
-        file: Its ending says how: ``.csv`` or ``.parquet``.
+        rows: Entries by column name; a column that a row lacks is empty in it, and so is one that is None.
+        file: Its ending says how: ``.csv`` or ``.parquet``; its folder is made if need be.
 
     Raises:
-        ValueError: If the ending is another.
+        ValueError: If the ending is another, there are no rows, or an entry is a list or mapping.
         ImportError: If pandas, or pyarrow for Parquet, is not installed.
     """
     import pandas as pd
 
-    file = _table(file)
-    table = pd.DataFrame(list(rows)).convert_dtypes()
+    file, rows = _table(file), list(rows)
+    if not rows:
+        raise ValueError("rows is empty; allowed is at least one")
+    for row in rows:
+        if nested := [name for name, value in row.items() if isinstance(value, list | tuple | Mapping)]:
+            raise ValueError(
+                f"rows: {nested[0]!r} is {row[nested[0]]!r}; allowed are single values, no lists or mappings"
+            )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    table = pd.DataFrame(rows).convert_dtypes()
     unfinished = file.with_name(file.name + ".part")
     if file.suffix == ".csv":
         table.to_csv(unfinished, index=False, lineterminator="\n")
@@ -311,10 +322,11 @@ def _run(function: RunFunction, file: Path, setting: dict[str, Any], owner: int 
     torch.set_num_threads(1)
     try:
         found = function(**copy.deepcopy(setting))
-        rows = [dict(row) for row in ([found] if isinstance(found, Mapping) else found)]
+        rows = [dict(row) for row in _mappings(found)]
         for row in rows:
             if other := {name for name in set(row) & set(setting) if row[name] != setting[name]}:
                 raise ValueError(f"the result has other values of {sorted(other)} than the setting")
+            _check_json(row)
         unfinished.write_text(json.dumps({"setting": setting, "rows": rows}) + "\n")
         os.replace(unfinished, file)
     except Exception as error:  # whatever the user's function raises is named when the sweep ends
@@ -323,6 +335,23 @@ def _run(function: RunFunction, file: Path, setting: dict[str, Any], owner: int 
         unfinished.unlink(missing_ok=True)
         torch.set_num_threads(threads)
     return None
+
+
+def _mappings(found: Any) -> list[Mapping[str, Any]]:
+    several = [found] if isinstance(found, Mapping) else list(found) if isinstance(found, Iterable) else [found]
+    if wrong := [one for one in several if not isinstance(one, Mapping)]:
+        raise TypeError(f"the result is or has a {type(wrong[0]).__name__}; allowed are one or several mappings")
+    return several
+
+
+def _check_json(row: Row) -> None:
+    for name, value in row.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise TypeError(
+                f"the result's {name!r} is a {type(value).__name__}; allowed are JSON values, as float(...) makes them"
+            ) from error
 
 
 def _read(file: Path) -> list[Row]:

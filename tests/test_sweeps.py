@@ -202,12 +202,24 @@ def test_bad_settings_are_refused_before_anything_runs(
 def test_bad_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"backend is 'dask'; allowed is one of 'loky', 'ray'"):
         sweep(parts, [], tmp_path, backend="dask")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="n_jobs is 0; allowed is -1, or 1 or more"):
+    with pytest.raises(ValueError, match="n_jobs is 0; allowed is -1, or an int >= 1"):
         sweep(parts, [], tmp_path, n_jobs=0)
+    with pytest.raises(ValueError, match="n_jobs is '1'; allowed is -1, or an int >= 1"):
+        sweep(parts, [], tmp_path, n_jobs="1")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="settings is a mapping; allowed are several mappings"):
+        sweep(parts, {"seed": [0]}, tmp_path)  # type: ignore[dict-item]
 
 
 def returns_a_tensor(seed: int) -> dict[str, Any]:
     return {"value": torch.tensor(seed)}
+
+
+def returns_nothing(seed: int) -> None:
+    return None
+
+
+def returns_numbers(seed: int) -> list[int]:
+    return [seed]
 
 
 def returns_another_seed(seed: int) -> dict[str, Any]:
@@ -217,7 +229,9 @@ def returns_another_seed(seed: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (returns_a_tensor, "Tensor is not JSON serializable"),
+        (returns_a_tensor, "the result's 'value' is a Tensor; allowed are JSON values"),
+        (returns_nothing, "the result is or has a NoneType; allowed are one or several mappings"),
+        (returns_numbers, "the result is or has a int; allowed are one or several mappings"),
         (returns_another_seed, r"the result has other values of \['seed'\]"),
     ],
 )
@@ -234,6 +248,14 @@ def test_saved_rows_are_read_as_they_were(tmp_path: Path, ending: str) -> None:
     rows = [{"set": "a b", "n": 3, "value": 0.1 + 0.2, "odd": True}, {"set": "NA", "n": 4, "value": 1e-300}]
     assert load_rows(save_rows(rows, tmp_path / f"rows.{ending}")) == rows
     assert [path.name for path in tmp_path.iterdir()] == [f"rows.{ending}"]
+
+
+def test_what_is_no_table_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rows is empty"):
+        save_rows([], tmp_path / "rows.csv")
+    with pytest.raises(ValueError, match=r"rows: 'd' is \[1, 2\]; allowed are single values"):
+        save_rows([{"d": [1, 2]}], tmp_path / "rows.csv")
+    assert save_rows([{"d": 1}], tmp_path / "new" / "rows.csv").is_file()
 
 
 def test_an_unknown_ending_is_refused(tmp_path: Path) -> None:

@@ -157,12 +157,29 @@ def test_a_command_writes_its_rows_its_figure_and_its_table(
         monkeypatch.setattr(module, attribute, full)
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n<!-- results of examples.xor.{name} -->\n<!-- end of results -->\nafter\n")
-    module.main(["--quick", "--jobs", "1", "--out", str(tmp_path), "--readme", str(readme)])
+    module.main(["--jobs", "1", "--out", str(tmp_path), "--readme", str(readme)])
     rows = load_rows(tmp_path / f"{name}.csv")
     assert len(rows) == n_rows[name]
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert module.table(rows) in capsys.readouterr().out
     assert f"{module.table(rows)}\n" in readme.read_text()
+
+
+def test_a_readme_without_marks_is_refused_before_the_work_and_a_quick_look_does_not_fill_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = tmp_path / "README.md"
+    for arguments, message in (
+        (["--readme", str(readme)], "No such file"),
+        (["--quick", "--readme", str(readme)], "not allowed with --quick"),
+    ):
+        with pytest.raises(SystemExit):
+            minima.main(arguments)
+        assert message in capsys.readouterr().err
+    readme.write_text("nothing")
+    with pytest.raises(SystemExit):
+        minima.main(["--readme", str(readme)])
+    assert "'<!-- results of examples.xor.minima -->' 0 times" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -108,6 +108,8 @@ def main(arguments: list[str] | None = None) -> None:
     for ending in ("csv", "parquet"):
         console.print(f"results:  {save_rows(rows, args.out / f'table3.{ending}')}")
     print(table3(rows))
+    if args.quick:
+        console.print("This was a quick look, of a tenth of the epochs: what it shows need not hold at full length.")
 
 
 if __name__ == "__main__":
