@@ -172,7 +172,7 @@ def draw(rows: list[Row]) -> Figure:
     panels[0, 0].set(xlabel="step", ylabel="norm of the weights", title=f"{shown}: the weights")
     panels[0, 1].set(xlabel="step", ylabel="loss", yscale="log", title=f"{shown}: the test loss")
     panels[0, 0].legend()
-    panels[0, 1].legend(loc="center right")
+    panels[0, 1].legend(loc="center right", bbox_to_anchor=(1, 0.35))
     for axes, way in ((panels[0, 2], "l2"), (panels[1, 2], "brownian")):
         path = [row for row in own if row["way"] == way]
         points = axes.scatter(
@@ -198,7 +198,7 @@ def draw(rows: list[Row]) -> Figure:
         axes.set(
             xlabel="norm of the weights", ylabel="test loss", yscale="log", title=f"{data}: shrinking at equal loss"
         )
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper left" if data == "XOR" else "lower right")
     for axes in panels.flatten():
         axes.grid(alpha=0.3)
     return figure
