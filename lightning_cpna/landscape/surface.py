@@ -16,7 +16,7 @@ from lightning_cpna.layers import evaluating
 from lightning_cpna.mask import Mask
 from lightning_cpna.observe import Loss, n_examples
 from lightning_cpna.sparsity import sparsity_of
-from lightning_cpna.targets import resolve
+from lightning_cpna.targets import all_targets, resolve
 
 REPEATABLE = 1e-6  # relative: chosen, above the rounding of a sum in float32 whose order is not fixed
 
@@ -67,11 +67,13 @@ class LossSurface:
     ) -> None:
         module = getattr(module, "_orig_mod", module)
         self.module, self._bound = module, _Bound(module, loss)
-        trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-        chosen = trained if names is None else [names] if isinstance(names, str) else list(names)
-        targets = {target.name: target for group in resolve(module, chosen).values() for target in group}
+        if names is None:
+            targets = {name: it for name, it in all_targets(module).items() if it.parameter.requires_grad}
+        else:
+            chosen = [names] if isinstance(names, str) else list(names)
+            targets = {target.name: target for group in resolve(module, chosen).values() for target in group}
         if not targets:
-            raise ValueError("names is None, and the module has no parameter that is trained; allowed is at least one")
+            raise ValueError(f"names is {names!r}, which no parameter that is trained is; allowed is at least one")
         masks = sparsity_of(module).masks if masks is None else masks
         self.names = tuple(targets)
         self._parameters = {name: target.parameter for name, target in targets.items()}

@@ -485,6 +485,8 @@ trainer:
         score: out_degree
         compensate: null
     - class_path: lightning_cpna.DeadUnitLogger
+    - class_path: lightning_cpna.AlignmentLogger
+      init_args: {layers: [net.0.weight], n_clusters: 2, every_n_epochs: 2}
 """
 
 
@@ -496,10 +498,11 @@ def test_lightning_cli_reads_it_from_yaml(tmp_path: Path, package: str) -> None:
     run = cli.LightningCLI(
         module, run=False, save_config_callback=None, args=["--config", str(tmp_path / "config.yaml")]
     )
-    first, second, third = run.trainer.callbacks[:3]
+    first, second, third, fourth = run.trainer.callbacks[:4]
     assert (first.schedule, first.score, first.shrink) == (Cubic(2, 9), UnitScore("norm", largest_first=True), True)
     assert (second.targets, second.schedule) == (["net.0.weight"], EpochFraction(0.3, first=2, last=3))
     assert third.name == "dead_units"
+    assert (fourth.layers, fourth.n_clusters, fourth.every_n_epochs) == (["net.0.weight"], 2, 2)
     run.trainer.fit(run.model, data())
     assert units(run.model) == 8
 
