@@ -1,8 +1,8 @@
 """Walks of constant training loss (Tahir, Katz 2020): `python -m examples.landscape.level_sets`.
 
 From a trained network, weights are changed while the training loss stays what it is: so that the weights get smaller, in one
-random direction, or in a new random direction at every step. What becomes of the test loss? And is a small network found this
-way better than one that was trained with weight decay to begin with?
+random direction, or in a new random direction at every step. What becomes of the test loss? And are small weights that are
+found this way better than those of a network that is trained with weight decay, for as many gradients together?
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _data(name: str, seed: int) -> tuple[Split, Split]:
 
 
 def walk(*, data: str, activation: str, loss: float, seed: int) -> list[Row]:
-    """Train one network to a loss, and walk from it in the three ways; train others with weight decay to the same loss."""
+    """Train one network to a loss, and walk from it in the three ways; train others as long with weight decay."""
     torch.set_num_threads(1)
     training, test = _data(data, seed)
     net = mlp(WIDTHS[data], seed, activation)
@@ -96,7 +96,7 @@ def walk(*, data: str, activation: str, loss: float, seed: int) -> list[Row]:
         )
     for decay in DECAYS:
         other = mlp(WIDTHS[data], seed, activation)
-        train(other, training, TRAINING, LR, weight_decay=decay, loss=loss)
+        train(other, training, TRAINING + EVALUATIONS, LR, weight_decay=decay)
         point = surface.point(other.state_dict())
         found.append(
             {

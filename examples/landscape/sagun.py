@@ -202,7 +202,7 @@ def draw(rows: list[Row]) -> Figure:
         values = profile(rows, classes, 16)
         (curve,) = axes.semilogy(torch.arange(SHOWN) + 1, values, ".-", label=f"{classes} classes")
         axes.axvline(classes - 0.5, color=curve.get_color(), linestyle=":")
-    axes.set(xlabel="rank", ylabel="eigenvalue", title="As many stand out as there are classes, less one (dotted)")
+    axes.set(xlabel="rank", ylabel="eigenvalue", title="Mean spectra: a gap after the classes, less one (dotted)")
     axes.legend()
     axes = panels[1]
     spectra = [row for row in rows if row["what"] == "spectrum" and row["classes"] == 10 and row["rank"] == 1]
@@ -212,7 +212,12 @@ def draw(rows: list[Row]) -> Figure:
             for width in WIDTHS
         ]
         axes.plot(WIDTHS, means, "o-", color=colour, label=label)
-    axes.set(xlabel="hidden units", ylim=(0, None), title="More units: more of the bulk, the outliers stay")
+    axes.set(
+        xlabel="hidden units",
+        ylabel="share, or eigenvalue",
+        ylim=(0, None),
+        title="More units: more of the bulk, the outliers stay",
+    )
     axes.legend()
     axes = panels[2]
     separated = [row for row in rows if row["what"] == "separation"]
@@ -223,7 +228,9 @@ def draw(rows: list[Row]) -> Figure:
             for distance in SEPARATIONS
         ]
         axes.semilogy(SEPARATIONS, means, "o-", label=f"eigenvalue {rank}")
-    axes.set(xlabel="distance of the centres of three Gaussian classes", title="Outliers move with the data")
+    axes.set(
+        xlabel="distance of the centres of three Gaussian classes", title="Large eigenvalues fall as the classes part"
+    )
     axes.legend()
     axes = panels[3]
     both = [row for row in rows if row["what"] == "both terms"]
@@ -232,7 +239,12 @@ def draw(rows: list[Row]) -> Figure:
         ("covariance", "covariance of output gradients", "C1--"),
     ):
         axes.semilogy([row["rank"] for row in both], [max(row[value], 1e-12) for row in both], style, label=label)
-    axes.set(xlabel="rank", ylim=(1e-7, 3), title="The outliers are those of the covariance of output gradients")
+    axes.set(
+        xlabel="rank",
+        ylabel="eigenvalue",
+        ylim=(1e-7, 3),
+        title="The outliers are those of the covariance of output gradients",
+    )
     axes.legend()
     for axes, part, label in (
         (panels[4], "training", "step of small batches"),

@@ -7,6 +7,7 @@ set have both patterns, so that a network that has found one of them may have no
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -24,7 +25,8 @@ MODULE = "examples.landscape.xord"
 FILTERS = [2, 4, 10, 50, 120]  # k
 PAIRS, SAMPLES, TEST = 9, 40, 2000
 DIVERSE = 0.98, 0.5  # the share of positive examples that have both patterns, in training and in the test
-MARGIN, LR, SCALE, STEPS = 8.0, 0.05, 0.02, 8_000  # loss max(0, 8 - N) for positives and max(0, 1 + N) for negatives
+LR, SCALE, STEPS = 0.05, 0.02, 8_000
+MARGINS = [8.0, 1.0]  # m of the loss max(0, m - N) of positives, beside max(0, 1 + N) of negatives
 PATTERNS = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0]])
 
 
@@ -62,7 +64,7 @@ def data(n: int, diverse: float, generator: torch.Generator) -> tuple[Tensor, Te
     return x, y
 
 
-def train(*, k: int, seed: int) -> Row:
+def train(*, k: int, margin: float, seed: int) -> Row:
     """Train one network by gradient descent until no example has any loss, and see what its filters have found."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(seed)
@@ -72,7 +74,7 @@ def train(*, k: int, seed: int) -> Row:
     optimizer = torch.optim.SGD(net.parameters(), lr=LR / k)
     for _ in range(STEPS):
         outputs = net(x)
-        losses = torch.where(y, MARGIN - outputs, 1 + outputs).clamp(min=0)
+        losses = torch.where(y, margin - outputs, 1 + outputs).clamp(min=0)
         if not bool(losses.any()):
             break
         optimizer.zero_grad()
@@ -102,22 +104,24 @@ def train(*, k: int, seed: int) -> Row:
 def table(rows: list[Row]) -> str:
     """Return what each k came to, in Markdown: medians of the angles, means of the rest."""
     lines = [
-        "| k | no training error | test error of those | without any | both patterns found | angle to the centre: start, end "
-        "| frame potential: start, end | of the positive filters |",
-        "|---:|---:|---:|---:|---:|---|---|---|",
+        "| margin | k | no training error | test error of those | without any | both patterns found "
+        "| angle to the centre: start, end | frame potential: start, end | of the positive filters |",
+        "|---:|---:|---:|---:|---:|---:|---|---|---|",
     ]
-    for k in FILTERS:
-        own = [row for row in rows if row["k"] == k]
+    for margin, k in itertools.product(MARGINS, FILTERS):
+        own = [row for row in rows if (row["margin"], row["k"]) == (margin, k)]
         learned = [row for row in own if row["training_error"] == 0]
         perfect = sum(row["test_error"] == 0 for row in learned)
-        error = sum(row["test_error"] for row in learned) / max(1, len(learned))
+        error = f"{sum(row['test_error'] for row in learned) / len(learned):.3f}" if learned else ""
 
         def change(name: str, style: str, own: list[Row] = own) -> str:
-            middle = [float(torch.tensor([row[f"{name}_{end}"] for row in own]).median()) for end in ("start", "end")]
+            middle = [
+                float(torch.tensor([row[f"{name}_{end}"] for row in own]).quantile(0.5)) for end in ("start", "end")
+            ]
             return " → ".join(format(value, style) for value in middle)
 
         lines.append(
-            f"| {k} | {len(learned)} of {len(own)} | {error:.3f} | {perfect} of {len(learned)} | "
+            f"| {margin:g} | {k} | {len(learned)} of {len(own)} | {error} | {perfect} of {len(learned)} | "
             f"{sum(row['both_patterns'] for row in own)} of {len(own)} | {change('angle', '.1f')}° | "
             f"{change('potential', '.3f')} | {change('potential_positive', '.3f')} |"
         )
@@ -125,7 +129,8 @@ def table(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row]) -> Figure:
-    """Draw the filters of a small and a large network, and how the size decides."""
+    """Draw the filters of a small and a large network, and how the size decides, at the larger margin."""
+    rows = [row for row in rows if row["margin"] == MARGINS[0]]
     figure = Figure(figsize=(15, 8.5), layout="constrained")
     panels = figure.subplots(2, 3)
     ranks = range(len(FILTERS))
@@ -148,7 +153,9 @@ def draw(rows: list[Row]) -> Figure:
     axes = panels[1, 0]
     for end, colour in (("start", "0.6"), ("end", "C0")):
         label = "initialisation" if end == "start" else "trained"
-        middle = [float(torch.tensor([row[f"angle_{end}"] for row in rows if row["k"] == k]).median()) for k in FILTERS]
+        middle = [
+            float(torch.tensor([row[f"angle_{end}"] for row in rows if row["k"] == k]).quantile(0.5)) for k in FILTERS
+        ]
         axes.plot(ranks, middle, "o-", color=colour, label=label)
     axes.set(xlabel="positive filters", ylabel="median angle to the cluster's centre, degrees")
     axes.set_title("Their filters cluster")
@@ -168,7 +175,7 @@ def draw(rows: list[Row]) -> Figure:
 def main(arguments: list[str] | None = None) -> None:
     """Train everything, write table and figure."""
     args = parse(MODULE, __doc__, arguments, seeds=20)
-    rows = run_sweep(args, train, grid(k=FILTERS, seed=range(args.seeds)), title="XORD")
+    rows = run_sweep(args, train, grid(margin=MARGINS, k=FILTERS, seed=range(args.seeds)), title="XORD")
     figure = draw(rows)
     kept = [{name: value for name, value in row.items() if not name.startswith("filters")} for row in rows]
     finish(args, MODULE, kept, figure, table(rows))

@@ -8,13 +8,17 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from lightning_cpna._lightning import Callback, LightningModule, Trainer
 from lightning_cpna.activations import Watch
 from lightning_cpna.callbacks.capture import Capture, running_eagerly, trace_few
 from lightning_cpna.graph import Graph
-from lightning_cpna.landscape.alignment import Alignment, alignment, filters_of, plot_alignment
+from lightning_cpna.landscape.alignment import alignment, filters_of, plot_alignment
 from lightning_cpna.layers import layers_of
 from lightning_cpna.plots import log_figure
+
+STATE_VERSION = 1
 
 
 class DeadUnitLogger(Callback):
@@ -115,7 +119,8 @@ class AlignmentLogger(Callback):
     It looks when the fit begins and after every so many training epochs. For each layer it logs the median angle of the
     vectors to the centres of their clusters (see ``landscape.alignment``), the share that is within 15 degrees, and the frame
     potential; TensorBoard also gets a figure beside that of the beginning, and the vectors themselves for its projector,
-    where the steps are told apart by name.
+    where the steps are told apart by name. A layer whose vectors are no longer finite, or all zero, is left out; where fewer
+    vectors than clusters are left, each is a cluster.
 
     Args:
         layers: Names of the weights, for instance ``["net.0.weight"]``.
@@ -147,7 +152,7 @@ class AlignmentLogger(Callback):
         if not name:
             raise ValueError("name is ''; allowed is any text")
         self.layers, self.n_clusters, self.every_n_epochs, self.name = layers, n_clusters, every_n_epochs, name
-        self._first: dict[str, Alignment] = {}
+        self._first: dict[str, Tensor] = {}
 
     @property
     def state_key(self) -> str:
@@ -161,16 +166,25 @@ class AlignmentLogger(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the vectors of the beginning."""
-        return {"first": {layer: found.filters for layer, found in self._first.items()}}
+        return {"version": STATE_VERSION, "first": self._first}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the vectors of the beginning from a checkpoint."""
-        self._first = {layer: self._cluster(filters) for layer, filters in state_dict["first"].items()}
+        if state_dict.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"{self.name}: the checkpoint has version {state_dict.get('version')!r}; this release reads {STATE_VERSION}"
+            )
+        self._first = dict(state_dict["first"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the beginning; where training goes on from a checkpoint, the beginning is the checkpoint's."""
-        if not self._first:
-            self._record(trainer, pl_module)
+        if self._first:
+            return
+        self._first = {layer: filters_of(pl_module, layer) for layer in self.layers}
+        for layer, vectors in self._first.items():
+            if (n := int((vectors != 0).any(1).sum())) < self.n_clusters:
+                raise ValueError(f"n_clusters is {self.n_clusters}; allowed for {layer!r} is at most {n}, its vectors")
+        self._record(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look again."""
@@ -178,18 +192,21 @@ class AlignmentLogger(Callback):
             self._record(trainer, pl_module)
 
     def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
+        loggers: list[Any] = trainer.loggers
+        if not trainer.is_global_zero or not loggers:
             return
         for layer in self.layers:
-            found = self._cluster(filters_of(pl_module, layer))
-            first = self._first.setdefault(layer, found)
+            filters = filters_of(pl_module, layer)
+            n_vectors = int((filters != 0).any(1).sum())
+            if n_vectors == 0 or not bool(filters.isfinite().all()):
+                continue
+            found = alignment(filters, min(self.n_clusters, n_vectors))
             tag, step = f"{self.name}/{layer}", trainer.global_step
             values = {
                 "median_angle": found.angle(),
                 "within_15": found.share_within(15),
                 "frame_potential": found.frame_potential,
             }
-            loggers: list[Any] = trainer.loggers
             for logger in loggers:
                 logger.log_metrics({f"{tag}/{key}": value for key, value in values.items()}, step)
                 if hasattr(logger.experiment, "add_embedding"):
@@ -200,7 +217,5 @@ class AlignmentLogger(Callback):
                         tag=tag,
                         global_step=step,
                     )
+            first = alignment(self._first[layer], self.n_clusters)
             log_figure(loggers, tag, partial(plot_alignment, found, first), step)
-
-    def _cluster(self, filters: Any) -> Alignment:
-        return alignment(filters, self.n_clusters)

@@ -115,7 +115,8 @@ def alignment(filters: Tensor, n_clusters: int = 4, *, seed: int = 0) -> Alignme
 
     Args:
         filters: The vectors, ``(vector, input)``, as ``filters_of`` returns them.
-        n_clusters: How many clusters; in XORD one for each of the four patterns.
+        n_clusters: How many clusters; in XORD one for each of the four patterns. There are fewer if there are fewer different
+            directions.
         seed: Of k-means, of whose ten starts the best is taken.
 
     Raises:
@@ -140,9 +141,9 @@ def alignment(filters: Tensor, n_clusters: int = 4, *, seed: int = 0) -> Alignme
         raise ValueError(f"filters has shape {tuple(filters.shape)}; allowed are finite vectors, (vector, input)")
     filters = filters.detach().double().cpu()
     units = (filters != 0).any(1).nonzero().flatten()
-    if not 1 <= n_clusters <= len(units):
+    if type(n_clusters) is not int or not 1 <= n_clusters <= len(units):
         raise ValueError(
-            f"n_clusters is {n_clusters}; allowed is an int from 1 to {len(units)}, the vectors that are not 0"
+            f"n_clusters is {n_clusters!r}; allowed is an int from 1 to {len(units)}, the vectors that are not 0"
         )
     filters = filters[units]
     directions = F.normalize(filters, dim=1)
@@ -173,7 +174,7 @@ def frame_potential(filters: Tensor, *, normalize: bool = True) -> float:
     little without the angles beside it.
 
     Args:
-        filters: ``(vector, input)``.
+        filters: ``(vector, input)``; those that are zero do not count.
         normalize: Whether only their directions count; the value is then from ``frame_potential_bounds`` to 1.
 
     Reference:
@@ -183,7 +184,7 @@ def frame_potential(filters: Tensor, *, normalize: bool = True) -> float:
         >>> frame_potential(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]))  # 5 of 9 pairs
         0.5555555555555556
     """
-    vectors = filters.double()
+    vectors = filters.double()[(filters != 0).any(1)]
     vectors = F.normalize(vectors, dim=1) if normalize else vectors
     return float((vectors @ vectors.T).square().mean())
 
@@ -209,7 +210,8 @@ def similarity_graph(filters: Tensor, threshold: float = SIMILAR) -> Tensor:
         The weights of the edges, float64 ``(vector, vector)``, symmetric, 0 on the diagonal.
 
     Reference:
-        Heitmann: Neural network pruning (github.com/jheitmann/Neural-net-pruning, 2020), ``snapshots.py``.
+        Heitmann: Neural network pruning (github.com/jheitmann/Neural-net-pruning, 2020), ``snapshots.py``; there the mean is
+        over all epochs, and over each vector with itself, too.
 
     Example:
         >>> similarity_graph(torch.tensor([[1.0, 0.0], [2.0, 0.0], [-1.0, 0.0]]))
@@ -245,10 +247,9 @@ def plot_alignment(after: Alignment, before: Alignment | None = None) -> Figure:
     states = {"initialisation": before, "trained": after} if before else {"trained": after}
     figure = Figure(figsize=(4.5 * (len(states) + 1), 4), layout="constrained")
     first, *panels = figure.subplots(1, len(states) + 1)
-    for (name, state), colour, axes in zip(states.items(), ("0.6", "C0"), panels, strict=False):
-        first.ecdf(
-            state.angles, label=f"{name}: median {state.angle():.1f}°", color="C0" if name == "trained" else colour
-        )
+    for (name, state), axes in zip(states.items(), panels, strict=True):
+        colour = "C0" if state is after else "0.6"
+        first.ecdf(state.angles, label=f"{name}: median {state.angle():.1f}°", color=colour)
         draw_vectors(axes, state)
         axes.set_title(f"{name}: frame potential {state.frame_potential:.3f}")
     low, random = frame_potential_bounds(len(after.filters), after.filters.shape[1])

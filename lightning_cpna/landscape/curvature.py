@@ -67,7 +67,7 @@ class Spectrum:
     @property
     def bulk_share(self) -> float:
         """The share of eigenvalues whose magnitude is below a thousandth of the largest one."""
-        return self.share_below(BULK * self.lambda_max)
+        return self.share_below(BULK * self.lambda_max) if self.lambda_max > 0 else 1.0
 
     def density(self, places: Tensor, sigma: float) -> Tensor:
         """Return the density at some places, smoothed by a Gaussian.
@@ -112,7 +112,8 @@ def hessian_spectrum(
     Each probe is a random sign vector, from which so many Lanczos steps are made, with full reorthogonalisation; the
     eigenvalues of the tridiagonal matrix are the nodes, the squares of the first entries of its eigenvectors their masses.
     The largest eigenvalues are found to rounding, and the measure to about a thousandth of its range. The trace is the weak
-    one: its error falls as the root of the number of probes only, and is given beside it.
+    one: its error falls as the root of the number of probes only, and is given beside it. It takes the memory of
+    ``hessian_product``, and of ``steps`` vectors of the weights.
 
     Args:
         surface: The loss. Only its coordinates count: of a sparse network the live weights, or those of one layer.
@@ -225,7 +226,7 @@ def hessian(surface: LossSurface, point: Tensor | None = None) -> Tensor:
 
 
 def top_eigenvalues(
-    surface: LossSurface, point: Tensor | None = None, k: int = MAX_OUTLIERS, *, seed: int = 0
+    surface: LossSurface, point: Tensor | None = None, k: int = MAX_OUTLIERS + 1, *, seed: int = 0
 ) -> Tensor:
     """Compute the largest eigenvalues of the Hessian at a point, by scipy's implicitly restarted Lanczos method.
 
@@ -241,6 +242,7 @@ def top_eigenvalues(
     Raises:
         ValueError: If k is out of range.
         ImportError: If scipy is not installed.
+        scipy.sparse.linalg.ArpackNoConvergence: If they are not found in ten steps a coordinate.
 
     Example:
         >>> net = torch.nn.Linear(3, 1, bias=False)
@@ -273,7 +275,8 @@ def n_outliers(eigenvalues: Tensor) -> int:
     """Count the eigenvalues that stand out: those before the largest ratio of one to the next.
 
     Args:
-        eigenvalues: The largest ones, the largest first; of the first 17 those that are positive are looked at.
+        eigenvalues: The largest ones, the largest first; the first 17 are looked at. What is below rounding, or negative,
+            counts as rounding.
 
     Raises:
         ValueError: If there are fewer than two, or they are not in descending order.
@@ -288,8 +291,10 @@ def n_outliers(eigenvalues: Tensor) -> int:
     top = eigenvalues[: MAX_OUTLIERS + 1].double()
     if len(top) < 2 or bool((top.diff() > 0).any()):
         raise ValueError(f"eigenvalues is {eigenvalues.tolist()}; allowed are two or more, the largest first")
-    top = top[top > 0]
-    return int((top[:-1] / top[1:]).argmax()) + 1 if len(top) > 1 else 0
+    if not top[0] > 0:
+        return 0
+    top = top.clamp(min=torch.finfo(eigenvalues.dtype).eps * float(top[0]))
+    return int((top[:-1] / top[1:]).argmax()) + 1
 
 
 def plot_spectrum(spectrum: Spectrum, outliers: Tensor | None = None) -> Figure:

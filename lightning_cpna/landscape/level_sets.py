@@ -32,7 +32,7 @@ class LevelSetPath:
         level: What it should be.
         objective: What goes down, float64 ``(m,)``: half the squared norm for "l2", NaN for a random direction.
         angles: The angle between the gradients of the objective and of the loss, in degrees, ``(m,)``; at 180 nothing can be
-            gained any more. NaN for a random direction.
+            gained any more. NaN for a random direction, and where the objective is flat.
         others: What else was looked at, by name, ``(m,)`` each.
         distance: The length of all steps.
         evaluations: How many gradients of the loss were computed.
@@ -73,7 +73,7 @@ class LevelSetPath:
             The projections, ``(m, components)``, and the share of the variance that each component has.
 
         Raises:
-            ValueError: If there are fewer places than components.
+            ValueError: If there are fewer places or coordinates than components.
             ImportError: If scikit-learn is not installed.
         """
         try:
@@ -82,8 +82,10 @@ class LevelSetPath:
         except ImportError as error:
             raise ImportError("pca needs scikit-learn: pip install 'lightning-cpna[analysis]'") from error
 
-        if not 1 <= components <= len(self.points):
-            raise ValueError(f"components is {components}; allowed is an int from 1 to {len(self.points)}, the places")
+        if not 1 <= components <= (most := min(self.points.shape)):
+            raise ValueError(
+                f"components is {components}; allowed is an int from 1 to {most}, the places or coordinates"
+            )
         points = self.points.double().cpu().numpy()
         if standardize:
             points = StandardScaler().fit_transform(points)
@@ -115,8 +117,9 @@ def walk_level_set(
     Args:
         surface: The loss; of a sparse network only its live weights move.
         start: Where the walk begins, ``(n,)``; None: the module's own weights.
-        objective: What goes down: "l2" is half the squared norm of the weights, a function takes the point to a scalar. Or
-            where the walk goes instead: "random" is one direction all the time, "brownian" a new one at every step.
+        objective: What goes down: "l2" is half the squared norm of the weights, a function takes the point to a tensor of
+            one number (``lambda w: w.abs().sum()``). Or where the walk goes instead: "random" is one direction all the time,
+            "brownian" a new one at every step.
         level: The loss that is kept, positive; None: that of the start. From any other the walk is first brought to it.
         step: The length of a step.
         tolerance: How far the loss may be from the level, relative to it.
@@ -210,6 +213,7 @@ class _Walk:
     def begin(self, point: Tensor, level: float | None) -> None:
         """Go to the level."""
         self.point = point.detach().clone()
+        self._check_objective()
         self.loss, self.gradient = self._evaluate(self.point)
         self.level = self.loss if level is None else level
         if not (math.isfinite(self.level) and self.level > 0):
@@ -256,10 +260,21 @@ class _Walk:
         if self.objective not in ("random", "brownian"):
             value = float(self._objective_value(self.point))
             along = self._objective_gradient()
-            cosine = float(along @ self.gradient / (along.norm() * self.gradient.norm()))
-            angle = math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
+            if bool(along.any()):
+                cosine = float(along @ self.gradient / (along.norm() * self.gradient.norm()))
+                angle = math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
         seen = {name: other.loss(self.point) for name, other in others.items()}
         return _Record(made, self.point.clone(), self.loss, value, angle, seen)
+
+    def _check_objective(self) -> None:
+        if not callable(self.objective):
+            return
+        value = self.objective(self.point.detach().requires_grad_())
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            raise ValueError(
+                f"objective returned {value!r}; allowed is a function of the point, (n,), that returns a tensor of one "
+                "number which can be differentiated"
+            )
 
     def _objective_value(self, point: Tensor) -> Tensor:
         if self.objective == "l2":
@@ -352,5 +367,7 @@ def _check(
         if type(count) is not int or count < 1:
             raise ValueError(f"{name} is {count!r}; allowed is an int >= 1")
     for name, other in (others or {}).items():
-        if other.n != surface.n:
-            raise ValueError(f"others: {name!r} has {other.n} coordinates; allowed are the surface's {surface.n}")
+        if not other.has_coordinates_of(surface):
+            raise ValueError(
+                f"others: {name!r} has other coordinates than the surface; allowed are the same names and masks"
+            )

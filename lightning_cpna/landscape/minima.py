@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Minima:
-    """What restarts ended in, the lowest loss first.
+    """What restarts ended in, the lowest loss first, those that are not a number last.
 
     Attributes:
         seeds: Which restart each is.
@@ -66,13 +67,13 @@ def find_minima(
         loss: ``(module, batch) -> loss``, the mean over the batch.
         outputs: ``(module, batch) -> outputs``; None: the module of the batch's first entry.
         tolerance: Up to which difference two are the same.
-        others: Further measures of a trained module, by name, as its test error.
+        others: Further measures of a trained module, by name, as its test error; it is in eval mode then.
 
     Returns:
         The minima.
 
     Raises:
-        ValueError: If there are no seeds, or the tolerance is negative.
+        ValueError: If there are no seeds, the tolerance is negative, or batches are tensors and ``outputs`` is None.
 
     Reference:
         Guo, She, Wu, Barbu: Finding deep local optima using network pruning, Figs. 1 and 2, where losses are sorted.
@@ -93,6 +94,10 @@ def find_minima(
     if not tolerance >= 0:
         raise ValueError(f"tolerance is {tolerance}; allowed is a float >= 0")
     batches = list(batches)
+    if outputs is None and any(isinstance(batch, Tensor) for batch in batches):
+        raise ValueError(
+            "outputs is None, and a batch is a tensor; allowed are batches (inputs, ...), or outputs that say what to compare"
+        )
     found = []
     for seed in seeds:
         module = fit(seed)
@@ -100,9 +105,9 @@ def find_minima(
         value, gradient = surface.gradient(surface.point())
         with torch.no_grad(), evaluating(module):
             computed = torch.cat([_outputs(module, batch, outputs).double().flatten() for batch in surface.batches])
-        measured = {name: float(measure(module)) for name, measure in (others or {}).items()}
+            measured = {name: float(measure(module)) for name, measure in (others or {}).items()}
         found.append((value, seed, module, float(gradient.norm()), computed, measured))
-    found.sort(key=lambda one: one[0])
+    found.sort(key=lambda one: (math.isnan(one[0]), one[0]))
     return Minima(
         seeds=tuple(one[1] for one in found),
         modules=tuple(one[2] for one in found),
@@ -114,7 +119,11 @@ def find_minima(
 
 
 def plot_minima(minima: Minima, other: str | None = None) -> Figure:
-    """Draw the losses of the minima, sorted, each kind in a colour; with ``other`` that measure in the same order.
+    """Draw the losses of the minima, sorted, each kind in a colour.
+
+    Args:
+        minima: From ``find_minima``.
+        other: Which of the ``others`` is drawn instead of the loss, in the same order.
 
     Returns:
         A matplotlib figure.

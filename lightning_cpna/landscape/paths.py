@@ -76,7 +76,10 @@ class Path:
 
     @property
     def barrier_above_worse_end(self) -> float:
-        """By how much the highest loss exceeds that of the worse end (Evci et al. 2019): 0 if there is no hump above it."""
+        """By how much the highest loss exceeds that of the worse end (Evci et al. 2019): 0 if there is no hump above it.
+
+        The ends are the first and the last place, as for `barrier`: follow the curve from 0 to 1.
+        """
         return float(self.losses.max() - torch.maximum(self.losses[0], self.losses[-1]))
 
     @property
@@ -172,10 +175,11 @@ def follow(
     if not start < end:
         raise ValueError(f"start is {start} and end is {end}; allowed is a start below the end")
     surfaces = {"": surface, **(others or {})}
+    surface.check(curve.points[0])
     for name, other in surfaces.items():
-        if other.n != curve.points.shape[1]:
+        if not other.has_coordinates_of(surface):
             raise ValueError(
-                f"{name or 'surface'} has {other.n} coordinates, and the curve {curve.points.shape[1]}; allowed are as many"
+                f"others: {name!r} has other coordinates than the surface; allowed are the same names and masks"
             )
     t = torch.linspace(start, end, places, dtype=torch.float64)
     points = [curve(float(at)) for at in t]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
@@ -16,8 +17,9 @@ from lightning_cpna.layers import evaluating
 from lightning_cpna.mask import Mask
 from lightning_cpna.observe import Loss, n_examples
 from lightning_cpna.sparsity import sparsity_of
-from lightning_cpna.targets import all_targets, resolve
+from lightning_cpna.targets import all_targets, canonical_name, resolve
 
+PATTERN = ("crow_indices", "col_indices")  # the buffers that say which connections a SparseLinear has
 REPEATABLE = 1e-6  # relative: chosen, above the rounding of a sum in float32 whose order is not fixed
 
 
@@ -26,14 +28,15 @@ class LossSurface:
 
     A *point* is the vector of the weights that live, ``(n,)``: those whose connections a mask has removed are no
     coordinates, and stay at zero. The module is run in eval mode, with the point in the place of its weights; its own
-    weights, gradients, buffers and modes are never touched.
+    weights, gradients, buffers and modes are never touched. What is no coordinate (a frozen parameter, a buffer with
+    BatchNorm's statistics) is the module's own at every point, unless a function says otherwise.
 
     Args:
         module: Any module; where callbacks have pruned it, the one they know (the ``LightningModule``, not a part of it).
         batches: The data: any iterable of batches, for instance ``[(x, y)]`` or a ``DataLoader``. They are read once, and
             kept on the module's device.
-        loss: ``(module, batch) -> loss``, a scalar: the mean over the examples of the batch. It calls the module that it
-            is given.
+        loss: ``(module, batch) -> loss``, a scalar: the mean over the examples of the batch, of which the batch's first
+            tensor has the number. It calls the module that it is given.
         names: The parameters that are coordinates, by name or glob; None: all that are trained.
         masks: Which connections live, by canonical name; None: the masks of the module. ``{}``: all, which makes the
             removed ones coordinates, too.
@@ -43,8 +46,8 @@ class LossSurface:
         names: The parameters, in the order of the coordinates.
 
     Raises:
-        ValueError: If there are no batches or no coordinates, or the loss differs when it is computed again, or computing it
-            changes the module's buffers.
+        ValueError: If there are no batches or no coordinates, a mask does not fit, the loss is no scalar, differs when it is
+            computed again, or computing it changes the module's buffers.
 
     Example:
         >>> net = nn.Linear(2, 1, bias=False)
@@ -75,12 +78,13 @@ class LossSurface:
         if not targets:
             raise ValueError(f"names is {names!r}, which no parameter that is trained is; allowed is at least one")
         masks = sparsity_of(module).masks if masks is None else masks
+        _check_masks(module, masks)
         self.names = tuple(targets)
         self._parameters = {name: target.parameter for name, target in targets.items()}
         paths = {id(parameter): path for path, parameter in module.named_parameters()}
         self._paths = {name: paths[id(parameter)] for name, parameter in self._parameters.items()}
         self._live = {  # where a parameter has dead connections: the flat places of the others
-            name: mask.live.flatten().nonzero().flatten()
+            name: mask.live.flatten().nonzero().flatten().to(targets[name].parameter.device)
             for name, mask in masks.items()
             if name in targets and not bool(mask.live.all())
         }
@@ -89,8 +93,9 @@ class LossSurface:
             for name, target in targets.items()
         ]
         self.n = sum(self._sizes)
-        first = next(iter(targets.values())).parameter
-        self.device = first.device
+        if not self.n:
+            raise ValueError("masks have removed every connection of names; allowed is at least one that lives")
+        self.device = next(iter(self._parameters.values())).device
         self.batches = tuple(_moved(batch, self.device) for batch in batches)
         if not self.batches:
             raise ValueError("batches is empty; allowed is at least one batch")
@@ -103,13 +108,20 @@ class LossSurface:
         """Return the point of some weights.
 
         Args:
-            weights: The parameters by name, of their full shapes, as ``state_dict`` has them; None: the module's own.
+            weights: The parameters by name, of their full shapes, as ``state_dict`` has them; None: the module's own. Where
+                it has the pattern of a ``SparseLinear``, that is compared, too.
 
         Raises:
             KeyError: If one is missing.
-            ValueError: If one has another shape, or is not zero where the masks have removed a connection.
+            ValueError: If one has another shape or pattern, or is not zero where the masks have removed a connection.
         """
-        found = self._parameters if weights is None else weights
+        found = {canonical_name(name): x for name, x in (self._parameters if weights is None else weights).items()}
+        for name, buffer in self.module.named_buffers():
+            other = found.get(canonical_name(name))
+            if name.endswith(PATTERN) and other is not None and not torch.equal(other.to(buffer.device), buffer):
+                raise ValueError(
+                    f"weights: {name!r} is another pattern; allowed are the connections that the module's layer has"
+                )
         parts = []
         for name, parameter in self._parameters.items():
             if name not in found:
@@ -137,8 +149,13 @@ class LossSurface:
         for (name, parameter), part in zip(self._parameters.items(), torch.split(point, self._sizes), strict=True):
             if name in self._live:
                 part = part.new_zeros(parameter.numel()).index_put((self._live[name],), part)
-            found[name] = part.view(parameter.shape)
+            found[name] = part.view(parameter.shape).to(parameter.dtype)
         return found
+
+    def has_coordinates_of(self, other: LossSurface) -> bool:
+        """Tell whether the coordinates are the same as another surface's."""
+        alike = self.names == other.names and self._sizes == other._sizes and self._live.keys() == other._live.keys()
+        return alike and all(torch.equal(live, other._live[name]) for name, live in self._live.items())
 
     def check(self, point: Tensor) -> None:
         """Raise if a tensor is no point of this surface."""
@@ -175,10 +192,11 @@ class LossSurface:
         """Return a function that multiplies a vector ``(n,)`` by the Hessian at a point.
 
         The graph of the gradient is made once, and kept as long as the function is: a product is then one backward pass.
-        It takes the memory of the activations of all batches.
+        It takes the memory of the activations of all batches. Attention is computed by the kernel that has a second
+        derivative; recurrent layers of cuDNN have none.
         """
         graphs = []
-        with evaluating(self.module), torch.enable_grad():
+        with evaluating(self.module), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             for share, batch in zip(self._shares, self.batches, strict=True):
                 at = point.detach().requires_grad_()
                 gradient = _gradient(self._run(self.weights(at), batch), at, create_graph=True)
@@ -189,7 +207,9 @@ class LossSurface:
             self.check(vector)
             total = torch.zeros_like(point)
             for share, at, gradient in graphs:
-                (found,) = torch.autograd.grad(gradient, at, vector, retain_graph=True)
+                (found,) = torch.autograd.grad(
+                    gradient, at, vector, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
                 total += share * found
             return total
 
@@ -202,7 +222,10 @@ class LossSurface:
 
     @torch.no_grad()
     def batch_norm_statistics(self, point: Tensor) -> dict[str, Tensor]:
-        """Return the running statistics that BatchNorm layers have at a point: means over the batches, by buffer name."""
+        """Return the running statistics that BatchNorm layers have at a point, by buffer name: means over the batches.
+
+        Each batch counts alike, whatever its size, as in training with ``momentum=None``.
+        """
         weights, buffers = self.weights(point), self._statistics()
         with self._measuring_statistics():
             for batch in self.batches:
@@ -250,11 +273,15 @@ class LossSurface:
         weights = self.weights(self.point())
         before = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
         buffers = {name: buffer.clone() for name, buffer in before.items()}
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), evaluating(self.module):
-            torch.manual_seed(0)
-            values = [float(self._run(weights, self.batches[0], buffers)) for _ in range(2)]
-        if changed := [name for name in before if not torch.equal(buffers[name], before[name])]:
+        with torch.random.fork_rng(), evaluating(self.module):
+            found = [self._run(weights, self.batches[0], buffers) for _ in range(2)]
+        if not isinstance(found[0], Tensor) or found[0].numel() != 1:
+            shape = tuple(found[0].shape) if isinstance(found[0], Tensor) else type(found[0]).__name__
+            raise ValueError(f"loss: it returned {shape}; allowed is a tensor of one number, the mean over the batch")
+        values = [float(value) for value in found]
+        if changed := [
+            name for name in before if not torch.allclose(buffers[name], before[name], 0, 0, equal_nan=True)
+        ]:
             raise ValueError(
                 f"loss: computing it changes the buffer {changed[0]!r} in eval mode, too; allowed are modules that do not "
                 "(BatchNorm that is kept in train mode cannot be looked at)"
@@ -275,6 +302,16 @@ class _Bound(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         return self.loss(self.module, batch)
+
+
+def _check_masks(module: nn.Module, masks: Mapping[str, Mask]) -> None:
+    targets = all_targets(module)
+    for name, mask in masks.items():
+        if name not in targets:
+            raise ValueError(f"masks: {name!r} is no parameter of the module; allowed are {', '.join(targets)}")
+        if mask.live.shape != targets[name].parameter.shape:
+            shapes = tuple(mask.live.shape), tuple(targets[name].parameter.shape)
+            raise ValueError(f"masks: that of {name!r} has shape {shapes[0]}; allowed is {shapes[1]}")
 
 
 def _gradient(value: Tensor, at: Tensor, create_graph: bool = False) -> Tensor:

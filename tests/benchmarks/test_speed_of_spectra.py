@@ -19,7 +19,7 @@ STEPS, PROBES, ROUNDS = 80, 10, 3
 
 
 def naive(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
-    """Run Lanczos as PyHessian does: on lists of tensors, each product by two backward passes from a new forward pass."""
+    """Run Lanczos on lists of tensors, each product by two backward passes from a new forward pass."""
     weights = list(net.parameters())
 
     def dot(a: list[Tensor], b: list[Tensor]) -> float:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 
-from lightning_cpna import AlignmentLogger, CPNAPruning, SparseLinear
+from lightning_cpna import AlignmentLogger, CPNAPruning, OneShot, SparseLinear
 from lightning_cpna.landscape import (
     alignment,
     angles_between,
@@ -86,6 +87,7 @@ def test_random_directions_have_the_expected_potential() -> None:
     values = [frame_potential(torch.randn(20, 5, generator=generator)) for _ in range(300)]
     assert sum(values) / 300 == pytest.approx(frame_potential_bounds(20, 5)[1], abs=2e-3)
     assert frame_potential(torch.ones(7, 4)) == pytest.approx(1)
+    assert frame_potential(torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])) == pytest.approx(0.5)
     result = alignment(rays([0, 60]), n_clusters=1)
     assert result.mean_inner_product == pytest.approx((1 + 1 + 2 * 0.5) / 4)
 
@@ -151,9 +153,31 @@ def test_tensorboard_shows_the_filters_over_training(tmp_path: Path) -> None:
     points = ask("scalars/scalars?run=run&tag=alignment/net.0.weight/median_angle")
     assert [point[1] for point in points] == [0, 8, 16]
     assert points[-1][2] == pytest.approx(alignment(filters_of(module, "net.0.weight"), 2).angle(), rel=1e-5)
+    trained = alignment(filters_of(module, "net.0.weight"), 2)
+    for name, value in (("within_15", trained.share_within(15)), ("frame_potential", trained.frame_potential)):
+        assert ask(f"scalars/scalars?run=run&tag=alignment/net.0.weight/{name}")[-1][2] == pytest.approx(
+            value, rel=1e-5
+        )
+    [table] = tmp_path.glob("run/00016/**/metadata.tsv")
+    expected = [f"{unit}\t{cluster}" for unit, cluster in zip(trained.units, trained.clusters, strict=True)]
+    assert table.read_text().splitlines()[1:] == expected
     assert len(ask("images/images?run=run&tag=alignment/net.0.weight")) == 3
     embeddings = ask("projector/info?run=run")["embeddings"]
     assert [one["tensorName"] for one in embeddings] == [f"alignment/net.0.weight:{step:05d}" for step in (0, 8, 16)]
+
+
+def test_a_layer_that_is_pruned_below_its_clusters_or_breaks_does_not_end_the_fit(tmp_path: Path) -> None:
+    class Break(pl.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 2:
+                pl_module.net[0].weight.data[0, 0] = math.nan
+
+    logger = CSVLogger(tmp_path)
+    pruning = CPNAPruning({"net.0.weight": 3}, granularity="unit", schedule=OneShot(4), normalize=False)
+    module = Classifier(mlp(8))
+    trainer(pruning, Break(), AlignmentLogger("net.0.weight"), epochs=4, logger=logger).fit(module, data())
+    text = (Path(logger.log_dir) / "metrics.csv").read_text()
+    assert text.count("\n") == 1 + 3  # at the start, and after the first two epochs; then the layer is broken
 
 
 def test_a_resumed_fit_compares_with_the_beginning_of_the_first(tmp_path: Path) -> None:
@@ -169,7 +193,7 @@ def test_a_resumed_fit_compares_with_the_beginning_of_the_first(tmp_path: Path) 
     ]
     resumed = trainer(*second, epochs=3, logger=CSVLogger(tmp_path))
     resumed.fit(Classifier(), data(), ckpt_path=tmp_path / "step=8.ckpt")
-    assert torch.equal(second[0]._first["net.0.weight"].filters, start)
+    assert torch.equal(second[0]._first["net.0.weight"], start)
     assert list(second[1]._first) == ["net.2.weight"]
     trainer(second[0], epochs=1).fit(module, data())
-    assert not torch.equal(second[0]._first["net.0.weight"].filters, start)
+    assert not torch.equal(second[0]._first["net.0.weight"], start)

@@ -127,12 +127,14 @@ def test_bad_arguments_are_named() -> None:
     found = circle()
     for options, message in (
         ({"objective": "l1"}, "objective is 'l1'"),
+        ({"objective": lambda w: 3.0}, "objective returned 3.0"),
+        ({"objective": lambda w: w}, "objective returned tensor"),
         ({"step": 0.0}, "step is 0.0"),
         ({"tolerance": -1.0}, "tolerance is -1.0"),
         ({"level": 0.0}, "level is 0.0"),
         ({"max_steps": 0}, "max_steps is 0"),
         ({"record_every": 1.5}, "record_every is 1.5"),
-        ({"others": {"test": surface()}}, "others: 'test' has 75 coordinates; allowed are the surface's 2"),
+        ({"others": {"test": surface()}}, "others: 'test' has other coordinates"),
         ({"start": torch.zeros(3)}, r"point has shape \(3,\)"),
         ({"start": torch.tensor([2.0, 0.0]).double()}, "start has the loss 0; allowed is a level > 0"),
         ({"start": torch.tensor([2.0, 0.0]).double(), "level": 1.0}, "could not be brought to it"),

@@ -83,8 +83,31 @@ def test_minima_are_drawn_in_their_order() -> None:
     assert plot_minima(found, "rank").axes[0].get_ylabel() == "rank"
 
 
+def test_other_measures_are_made_in_eval_mode() -> None:
+    def fit(seed: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.5)).double().train()
+
+    found = find_minima(fit, [0], [blobs()], cross_entropy, others={"training": lambda module: float(module.training)})
+    assert float(found.others["training"]) == 0
+    assert found.modules[0].training
+
+
+def test_what_is_not_a_number_comes_last() -> None:
+    losses = [9.0, float("nan"), 1.0, 4.0]
+
+    def fit(seed: int) -> nn.Module:
+        net = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(net.weight, losses[seed])
+        return net
+
+    found = find_minima(fit, range(4), [(torch.ones(1, 1),)], lambda net, batch: net(batch[0]).sum())
+    assert found.seeds == (2, 3, 0, 1)
+
+
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="seeds is empty"):
         find_minima(lambda seed: relu_net(), [], [blobs()], cross_entropy)
     with pytest.raises(ValueError, match="tolerance is -1"):
         find_minima(lambda seed: relu_net(), [0], [blobs()], cross_entropy, tolerance=-1)
+    with pytest.raises(ValueError, match="outputs is None, and a batch is a tensor"):
+        find_minima(lambda seed: relu_net(), [0], [blobs()[0]], lambda net, x: net(x).square().mean())

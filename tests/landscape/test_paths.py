@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -142,6 +143,36 @@ def test_batch_norm_is_looked_at_with_the_statistics_of_each_place() -> None:
     assert follow(found, curve).mean_loss < path.mean_loss
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_a_curve_follows_the_gradient_of_the_mean_loss_over_it(weight_decay: float) -> None:
+    module: Any = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3)).double()
+    x, y = blobs()
+    batches = [(x[:32], y[:32]), (x[32:64], y[32:64]), (x[64:], y[64:])]
+    found = LossSurface(module, batches, cross_entropy)
+    start = found.point()
+    end = start * 1.5 + 0.3
+    curve = fit_curve(found, start, end, 3, steps=7, per_step=2, lr=0.02, weight_decay=weight_decay, seed=5)
+
+    inner = [torch.lerp(start, end, i / 3).requires_grad_() for i in (1, 2)]
+    optimizer = torch.optim.Adam(inner, lr=0.02)
+    generator, order = torch.Generator().manual_seed(5), list[int]()
+    for step in range(7):
+        order = order or torch.randperm(3, generator=generator).tolist()
+        batch = batches[order.pop()]
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 + math.cos(math.pi * step / 7)) / 2
+        optimizer.zero_grad()
+        for part, t in enumerate(torch.rand(2, generator=generator).tolist()):
+            t = (part + t) / 2
+            points = [start, *inner, end]
+            at = sum(math.comb(3, i) * t**i * (1 - t) ** (3 - i) * point for i, point in enumerate(points))
+            assert isinstance(at, Tensor)
+            twin = copy.deepcopy(module).train()
+            loss = cross_entropy(partial(torch.func.functional_call, twin, found.weights(at)), batch)
+            ((loss + weight_decay / 2 * at.square().sum()) / 2).backward()
+        optimizer.step()
+    assert torch.allclose(curve.points[1:3], torch.stack(inner).detach(), rtol=0, atol=1e-6)
+
+
 def test_weight_decay_pulls_a_curve_towards_zero() -> None:
     start, end = torch.tensor([-1.0, 3.0, 0.0]).double(), torch.tensor([1.0, 3.0, 0.0]).double()
     flat = LossSurface(nn.Linear(3, 1, bias=False).double(), [torch.eye(3).double()], lambda net, x: 0 * net(x).sum())
@@ -155,8 +186,8 @@ def test_bad_arguments_are_named() -> None:
     for call, message in (
         (lambda: follow(found, line(*POINTS), places=1), "places is 1"),
         (lambda: follow(found, line(*POINTS), start=1, end=0), "start is 1 and end is 0"),
-        (lambda: follow(bowl(), line(*POINTS)), "surface has 3 coordinates, and the curve 2"),
-        (lambda: follow(found, line(*POINTS), others={"test": bowl()}), "test has 3 coordinates"),
+        (lambda: follow(bowl(), line(*POINTS)), r"point has shape \(2,\)"),
+        (lambda: follow(found, line(*POINTS), others={"test": bowl()}), "'test' has other coordinates"),
         (lambda: line(POINTS[0], torch.zeros(3)), "allowed is"),
         (lambda: fit_curve(found, POINTS[0], POINTS[1], degree=0), "degree is 0"),
         (lambda: fit_curve(found, *POINTS, lr=0), "lr is 0"),

@@ -201,6 +201,79 @@ def test_bad_arguments_are_named() -> None:
         LossSurface(module, [batch], lambda net, batch: batch[0].sum()).gradient(surface(module, batch).point())
 
 
+def test_frozen_parameters_are_no_coordinates_and_a_shared_one_counts_once() -> None:
+    module, batch = net(), blobs()
+    module[0].bias.requires_grad_(False)
+    assert surface(module, batch).n == 75 - 8
+    shared: Any = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 5)).double()
+    shared[2].weight = shared[0].weight
+    found = surface(shared, (batch[0], batch[1]))
+    assert found.n == 25 + 5 + 5
+    cross_entropy(shared, batch).backward()
+    grads = torch.cat([p.grad.flatten() for p in shared.parameters() if p.grad is not None])
+    assert torch.allclose(found.gradient(found.point())[1], grads, rtol=0, atol=1e-13)
+
+
+def test_compiled_modules_have_the_names_and_the_landscape_of_their_own() -> None:
+    module, batch = net(), blobs()
+    whole = surface(torch.compile(module, backend="eager"), batch)  # type: ignore[arg-type]
+    expected = surface(module, batch)
+    assert whole.names == expected.names
+    assert torch.equal(hessian(whole), hessian(expected))
+    parts: Any = copy.deepcopy(module)
+    parts[0] = torch.compile(parts[0], backend="eager")
+    found = surface(parts, batch)
+    assert found.names == expected.names
+    assert torch.equal(found.point(parts.state_dict()), expected.point())
+    assert torch.allclose(found.gradient(found.point())[1], expected.gradient(expected.point())[1], rtol=0, atol=1e-14)
+
+
+def test_weights_of_another_pattern_are_refused() -> None:
+    one, other = (
+        nn.Sequential(
+            SparseLinear(5, 8, epsilon=1, generator=torch.Generator().manual_seed(seed)), nn.ReLU(), nn.Linear(8, 3)
+        )
+        for seed in (0, 1)
+    )
+    found = surface(one, blobs(dtype=torch.float32))
+    assert torch.equal(found.point(one.state_dict()), found.point())
+    with pytest.raises(ValueError, match="is another pattern"):
+        found.point(other.state_dict())
+
+
+def test_masks_and_losses_that_do_not_fit_are_refused() -> None:
+    module, batch = net(), blobs()
+    mask = sparsity_of(pruned(net())).masks["0.weight"]
+    with pytest.raises(ValueError, match=r"masks: '0\.wieght' is no parameter"):
+        surface(module, batch, masks={"0.wieght": mask})
+    with pytest.raises(ValueError, match=r"masks: that of '2\.weight' has shape \(8, 5\); allowed is \(3, 8\)"):
+        surface(module, batch, masks={"2.weight": mask})
+    with pytest.raises(ValueError, match=r"loss: it returned \(96, 3\); allowed is a tensor of one number"):
+        LossSurface(module, [batch], lambda net, batch: net(batch[0]))
+
+
+def test_surfaces_of_other_masks_have_other_coordinates() -> None:
+    batch = blobs()
+    torch.manual_seed(1)
+    one, other = pruned(net()), pruned(net())
+    assert surface(one, batch).n == surface(other, batch).n
+    assert surface(one, batch).has_coordinates_of(surface(one, batch, names=["0.*", "2.*"]))
+    assert not surface(one, batch).has_coordinates_of(surface(other, batch))
+    assert not surface(one, batch).has_coordinates_of(surface(one, batch, masks={}))
+
+
+def test_layers_of_several_precisions_are_run_in_their_own() -> None:
+    module = nn.Sequential(nn.Linear(5, 8).double(), nn.ReLU(), nn.Linear(8, 3))
+    x, y = blobs()
+
+    def loss(net: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(net[2](net[1](net[0](batch[0])).float()), batch[1])
+
+    found = LossSurface(module, [(x, y)], loss)
+    assert found.point().dtype == torch.float64
+    assert found.gradient(found.point())[0] == pytest.approx(loss(module, (x, y)).item(), rel=1e-6)
+
+
 @on_every_device
 def test_batches_come_to_the_modules_device(device: str) -> None:
     module, (x, y) = net().to(device), blobs()
