@@ -18,6 +18,7 @@ from examples.data import Split
 from examples.landscape.networks import cross_entropy, error, mlp, some_digits, train, xor
 from examples.results import Row, mean_and_spread
 from lightning_cpna.landscape import LevelSetPath, LossSurface, walk_level_set
+from lightning_cpna.sweeps import grid
 
 MODULE = "examples.landscape.level_sets"
 LR, TRAINING, EVALUATIONS = 0.01, 2000, 2000
@@ -58,7 +59,7 @@ def _data(name: str, seed: int) -> tuple[Split, Split]:
 
 
 def walk(*, data: str, activation: str, loss: float, seed: int) -> list[Row]:
-    """Train one network to a loss, and walk from it in the three ways; train others as long with weight decay."""
+    """Train one network to a loss, and walk from it in the three ways."""
     torch.set_num_threads(1)
     training, test = _data(data, seed)
     net = mlp(WIDTHS[data], seed, activation)
@@ -94,21 +95,29 @@ def walk(*, data: str, activation: str, loss: float, seed: int) -> list[Row]:
                 surface, max_steps=EVALUATIONS, max_evaluations=EVALUATIONS, record_every=10, others=others, **options
             ),
         )
-    for decay in DECAYS:
-        other = mlp(WIDTHS[data], seed, activation)
-        train(other, training, TRAINING + EVALUATIONS, LR, weight_decay=decay)
-        point = surface.point(other.state_dict())
-        found.append(
-            {
-                "way": "weight decay",
-                "step": 0,
-                "decay": decay,
-                "training_loss": surface.loss(point),
-                "norm": float(point.norm()),
-                **{name: another.loss(point) for name, another in others.items()},
-            }
-        )
     return found
+
+
+def decay(*, data: str, activation: str, decay: float, seed: int) -> Row:
+    """Train one network with a weight decay, for as many gradients as another is trained and walks."""
+    torch.set_num_threads(1)
+    training, test = _data(data, seed)
+    net = mlp(WIDTHS[data], seed, activation)
+    train(net, training, TRAINING + EVALUATIONS, LR, weight_decay=decay)
+    surfaces = {
+        "training_loss": LossSurface(net, [training], cross_entropy),
+        "test_loss": LossSurface(net, [test], cross_entropy),
+        "test_error": LossSurface(net, [test], error),
+    }
+    point = surfaces["training_loss"].point()
+    measured = {name: surface.loss(point) for name, surface in surfaces.items()}
+    return {"way": "weight decay", "norm": float(point.norm()), **measured}
+
+
+def _decays(rows: list[Row], case: Case) -> list[Row]:
+    """Return the networks with weight decay that belong to a case."""
+    decays = [row for row in rows if row["way"] == "weight decay"]
+    return [row for row in decays if (row["data"], row["activation"]) == (case.data, case.activation)]
 
 
 def _ends(rows: list[Row], case: Case, way: str) -> list[tuple[Row, Row]]:
@@ -121,7 +130,7 @@ def _ends(rows: list[Row], case: Case, way: str) -> list[tuple[Row, Row]]:
 
 
 def _is(row: Row, case: Case) -> bool:
-    return (row["data"], row["activation"], row["loss"]) == tuple(case)
+    return (row["data"], row["activation"], row.get("loss")) == tuple(case)
 
 
 def table(rows: list[Row]) -> str:
@@ -142,7 +151,7 @@ def table(rows: list[Row]) -> str:
             sum(last["test_loss"] / first["test_loss"] for first, last in found) / len(found)
             for found in (_ends(rows, case, way) for way in ("random", "brownian"))
         ]
-        decays = [row for row in rows if _is(row, case) and row["way"] == "weight decay"]
+        decays = _decays(rows, case)
         tests, reached = (mean_and_spread(decays, ("decay",), name) for name in ("test_loss", "training_loss"))
         trained = ", ".join(f"{tests[(decay,)][0]:.3f} ({reached[(decay,)][0]:.1g})" for decay in DECAYS)
         lines.append(
@@ -192,7 +201,7 @@ def draw(rows: list[Row]) -> Figure:
                     arrowprops={"arrowstyle": "->", "color": colour},
                 )
             axes.plot([], [], color=colour, label=f"{case.activation}, training loss {case.loss:g}")
-            decays = [row for row in rows if _is(row, case) and row["way"] == "weight decay"]
+            decays = _decays(rows, case)
             axes.plot([row["norm"] for row in decays], [row["test_loss"] for row in decays], "x", color=colour)
         axes.plot([], [], "kx", label="trained with weight decay")
         axes.set(
@@ -208,7 +217,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Walk everywhere, write table and figure."""
     args = parse(MODULE, __doc__, arguments, seeds=2)
     settings = [{**case._asdict(), "seed": seed} for case in CASES for seed in range(args.seeds)]
+    kinds = dict.fromkeys((case.data, case.activation) for case in CASES)
+    decays = [
+        {"data": data, "activation": activation, **setting}
+        for data, activation in kinds
+        for setting in grid(decay=DECAYS, seed=range(args.seeds))
+    ]
     rows = run_sweep(args, walk, settings, title="level sets")
+    rows += run_sweep(args, decay, decays, title="weight decay")
     finish(args, MODULE, rows, draw(rows), table(rows))
 
 

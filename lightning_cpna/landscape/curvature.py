@@ -58,6 +58,8 @@ class Spectrum:
         """The standard error of the trace: 0 if it is exact, NaN if there is a single probe."""
         if self.is_exact:
             return 0.0
+        if len(self.nodes) == 1:
+            return math.nan
         return float(self._traces().std() / math.sqrt(len(self.nodes)))
 
     def share_below(self, size: float) -> float:
