@@ -19,7 +19,7 @@ from lightning_cpna.pattern import Pattern, rows_of, sparse_matmul
 from lightning_cpna.targets import Axes, ListedAxes
 from lightning_cpna.topology import n_connections
 
-_INDICES = ("crow_indices", "col_indices")
+INDICES = ("crow_indices", "col_indices")  # the buffers that say which connections there are
 
 
 class SparseLinear(nn.Module):
@@ -114,7 +114,7 @@ class SparseLinear(nn.Module):
             self.register_parameter("bias", None)
         device = self.weight.device
         self.register_buffer("shape", torch.tensor([out_features, in_features], device=device))
-        for name in _INDICES:
+        for name in INDICES:
             self.register_buffer(name, torch.zeros(0, dtype=torch.int32, device=device))
         for name in ("ccol_indices", "row_indices", "order"):  # the same by input, made from the others
             self.register_buffer(name, torch.zeros(0, dtype=torch.int32, device=device), persistent=False)
@@ -401,7 +401,7 @@ class SparseLinear(nn.Module):
         """Take the file's pattern, however many connections it has."""
         found: dict[str, Tensor] = {
             name: state_dict[prefix + name]
-            for name in ("weight", "shape", *_INDICES)
+            for name in ("weight", "shape", *INDICES)
             if isinstance(state_dict.get(prefix + name), Tensor)
         }
         if len(found) == 4:
@@ -409,7 +409,7 @@ class SparseLinear(nn.Module):
                 error_msgs.append(f"{prefix.removesuffix('.') or 'SparseLinear'}: {why}")
                 return
             with torch.no_grad():
-                self._set_indices(*(found[name].to(self.weight.device, torch.int32, copy=True) for name in _INDICES))
+                self._set_indices(*(found[name].to(self.weight.device, torch.int32, copy=True) for name in INDICES))
                 self._renew_values(len(found["weight"]))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

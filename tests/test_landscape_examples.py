@@ -111,7 +111,7 @@ def test_training_keeps_removed_connections_and_stops_at_the_loss() -> None:
 
 
 def test_small_batches_climb_and_fall_within_one_basin() -> None:
-    rows = sagun.one_basin(what="one basin", seed=0)
+    rows = sagun.one_basin(seed=0)
     training, line = ([row["loss"] for row in rows if row["part"] == part] for part in ("training", "line"))
     assert max(training) > 3 * training[0] > 3 * training[-1]
     assert max(line) <= line[0] * 1.001

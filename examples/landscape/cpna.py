@@ -19,12 +19,13 @@ from torchmetrics.functional.classification import binary_auroc
 
 from examples.arguments import run_sweep
 from examples.command import finish, parse
+from examples.landscape.networks import take_masks_
 from examples.quiet import silence
 from examples.results import Row, mean_and_spread
 from examples.xor.problem import Phases, XORDataModule, XORNet
 from examples.xor.recipes import PROBLEMS, callbacks, recipe
 from examples.xor.training import OF_WEIGHTS
-from lightning_cpna import compact, sparsity_of
+from lightning_cpna import compact
 from lightning_cpna.landscape import LossSurface, fit_curve, follow, hessian_spectrum, top_eigenvalues
 from lightning_cpna.sweeps import grid
 
@@ -103,8 +104,7 @@ def look(*, seed: int) -> list[Row]:
 
     pl.seed_everything(seed + 2 * OF_WEIGHTS, verbose=False)
     fresh = XORNet(PROBLEMS[K].p, PROBLEMS[K].hidden, phases, N)
-    sparsity_of(fresh).masks.load_state_dict(sparsity_of(pruned).masks.state_dict())
-    sparsity_of(fresh).masks.apply_(dict(fresh.named_parameters()))
+    take_masks_(fresh, pruned)
     small, retrained = (_compact(net, data.train.x[:64]) for net in (pruned, fresh))
     _fit(retrained, data, phases)
 

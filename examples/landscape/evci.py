@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from examples.arguments import run_sweep
 from examples.command import finish, parse
 from examples.data import Split
-from examples.landscape.networks import cross_entropy, error, mlp, some_digits, train, xor
+from examples.landscape.networks import cross_entropy, error, mlp, some_digits, take_masks_, train, xor
 from examples.results import Row
 from lightning_cpna import Score, sparsity_of
 from lightning_cpna.landscape import Curve, LossSurface, fit_curve, follow, line
@@ -66,11 +66,8 @@ def _pruned(net: nn.Module, density: float) -> nn.Module:
 def _same_mask(net: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     """Return a network of other weights and the mask of a pruned one."""
     other = copy.deepcopy(net)
-    masks = sparsity_of(net).masks
     other.load_state_dict(weights)
-    for name, mask in masks.items():
-        mask.apply_(other.get_parameter(name).data)
-    sparsity_of(other).masks.load_state_dict(masks.state_dict())
+    take_masks_(other, net)
     return other
 
 

@@ -45,12 +45,7 @@ CASES = [
 ]
 WIDTHS = {"XOR": [10, 64, 1], "digits": [64, 32, 10]}
 WALKS = ["l2", "random", "brownian"]
-TITLES = {
-    "l2": "weights shrink",
-    "random": "one random direction",
-    "brownian": "Brownian",
-    "weight decay": "weight decay",
-}
+TITLES = {"l2": "weights shrink", "random": "one random direction", "brownian": "Brownian"}
 DECAYS = [1e-5, 1e-4, 1e-3]
 
 

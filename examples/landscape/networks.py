@@ -79,6 +79,13 @@ def train(
     return steps
 
 
+def take_masks_(net: nn.Module, pruned: nn.Module) -> None:
+    """Remove from a network the connections that were removed from another."""
+    masks = sparsity_of(net).masks
+    masks.load_state_dict(sparsity_of(pruned).masks.state_dict())
+    masks.apply_(dict(net.named_parameters()))
+
+
 def some_digits(n: int, seed: int, classes: int = 10, dtype: torch.dtype = torch.float64) -> tuple[Split, Split]:
     """Return n digits of the first classes to train on, fewer if there are fewer, and all those of the test part."""
     parts = digits(seed)

@@ -13,7 +13,7 @@ from torch.func import functional_call, jacrev, vmap
 from examples.arguments import run_sweep
 from examples.command import finish, parse
 from examples.landscape.networks import cross_entropy, mlp, some_digits, train
-from examples.results import Row
+from examples.results import Row, mean_and_spread
 from lightning_cpna.landscape import (
     LossSurface,
     follow,
@@ -46,7 +46,7 @@ def minimum(classes: int, width: int, seed: int) -> tuple[nn.Module, tuple[Tenso
     raise RuntimeError(f"none of {TRIES} networks of width {width} reached a loss of {LOSS}")
 
 
-def spectrum(*, what: str, classes: int, width: int, seed: int) -> list[Row]:
+def spectrum(*, classes: int, width: int, seed: int) -> list[Row]:
     """Return the largest eigenvalues at a minimum, and what share of all is near zero."""
     net, batch = minimum(classes, width, seed)
     surface = LossSurface(net, [batch], cross_entropy)
@@ -78,7 +78,7 @@ def gauss_newton(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return singular.square()
 
 
-def both_terms(*, what: str, seed: int) -> list[Row]:
+def both_terms(*, seed: int) -> list[Row]:
     """Return all eigenvalues of the Hessian, and those of its first term."""
     net, batch = minimum(10, 8, seed)
     surface = LossSurface(net, [batch], cross_entropy)
@@ -91,7 +91,7 @@ def both_terms(*, what: str, seed: int) -> list[Row]:
     ]
 
 
-def separation(*, what: str, distance: float, seed: int) -> list[Row]:
+def separation(*, distance: float, seed: int) -> list[Row]:
     """Return the largest eigenvalues for three Gaussian classes in the plane, by the distance of their centres."""
     generator = torch.Generator().manual_seed(1_000_000 + seed)
     angles = torch.arange(3, dtype=torch.float64) * 2 * torch.pi / 3
@@ -106,7 +106,7 @@ def separation(*, what: str, distance: float, seed: int) -> list[Row]:
     return [{"rank": rank, "eigenvalue": value, "loss": loss} for rank, value in enumerate(values, start=1)]
 
 
-def one_basin(*, what: str, seed: int) -> list[Row]:
+def one_basin(*, seed: int) -> list[Row]:
     """Return the loss while small batches go on from where large ones arrived, and on the straight line between both ends."""
     batch, _ = some_digits(SAMPLES, seed)
     net = mlp([64, 16, 10], seed)
@@ -141,10 +141,10 @@ PARTS: dict[str, Callable[..., list[Row]]] = {
 }
 
 
-def look(**setting: Any) -> list[Row]:
+def look(*, what: str, **setting: Any) -> list[Row]:
     """Compute one part of the figure."""
     torch.set_num_threads(1)
-    return PARTS[setting["what"]](**setting)
+    return PARTS[what](**setting)
 
 
 def settings(n_seeds: int) -> list[Row]:
@@ -161,18 +161,20 @@ def settings(n_seeds: int) -> list[Row]:
     ]
 
 
+def case(rows: list[Row], classes: int, width: int) -> list[Row]:
+    """Return the rows of a case."""
+    return [row for row in rows if row["what"] == "spectrum" and (row["classes"], row["width"]) == (classes, width)]
+
+
+def eigenvalues(rows: list[Row], classes: int, width: int) -> Tensor:
+    """Return the largest eigenvalues of a case, the largest first, ``(seed, eigenvalue)``."""
+    values = [row["eigenvalue"] for row in case(rows, classes, width)]
+    return torch.tensor(values, dtype=torch.float64).view(-1, SHOWN)
+
+
 def profile(rows: list[Row], classes: int, width: int) -> Tensor:
-    """Return the geometric mean over the seeds of the largest eigenvalues of a case, the largest first."""
-    own = [row for row in rows if row["what"] == "spectrum" and (row["classes"], row["width"]) == (classes, width)]
-    values = torch.tensor([row["eigenvalue"] for row in own], dtype=torch.float64)
-    return values.view(-1, SHOWN).log().mean(0).exp()
-
-
-def gaps(rows: list[Row], classes: int, width: int) -> list[int]:
-    """Return after how many eigenvalues each seed has its largest gap."""
-    own = [row for row in rows if row["what"] == "spectrum" and (row["classes"], row["width"]) == (classes, width)]
-    values = torch.tensor([row["eigenvalue"] for row in own], dtype=torch.float64)
-    return [n_outliers(one) for one in values.view(-1, SHOWN)]
+    """Return the geometric mean over the seeds of the largest eigenvalues of a case."""
+    return eigenvalues(rows, classes, width).log().mean(0).exp()
 
 
 def table(rows: list[Row]) -> str:
@@ -183,8 +185,8 @@ def table(rows: list[Row]) -> str:
         "|---:|---:|---:|---:|---|---:|---:|",
     ]
     for classes, width in sorted(CASES):
-        own = [row for row in rows if row["what"] == "spectrum" and (row["classes"], row["width"]) == (classes, width)]
-        values, single = profile(rows, classes, width), gaps(rows, classes, width)
+        own, values = case(rows, classes, width), profile(rows, classes, width)
+        single = [n_outliers(one) for one in eigenvalues(rows, classes, width)]
         bulk = sum(row["bulk"] for row in own) / len(own)
         counts = f"{single.count(classes - 1)} of {len(single)} after {classes - 1}"
         lines.append(
@@ -207,11 +209,8 @@ def draw(rows: list[Row]) -> Figure:
     axes = panels[1]
     spectra = [row for row in rows if row["what"] == "spectrum" and row["classes"] == 10 and row["rank"] == 1]
     for value, label, colour in (("bulk", "share of eigenvalues near zero", "C0"), ("eigenvalue", "largest", "C3")):
-        means = [
-            sum(row[value] for row in spectra if row["width"] == width) / sum(row["width"] == width for row in spectra)
-            for width in WIDTHS
-        ]
-        axes.plot(WIDTHS, means, "o-", color=colour, label=label)
+        means = mean_and_spread(spectra, ("width",), value)
+        axes.plot(WIDTHS, [means[(width,)][0] for width in WIDTHS], "o-", color=colour, label=label)
     axes.set(
         xlabel="hidden units",
         ylabel="share, or eigenvalue",
@@ -221,13 +220,11 @@ def draw(rows: list[Row]) -> Figure:
     axes.legend()
     axes = panels[2]
     separated = [row for row in rows if row["what"] == "separation"]
+    means = mean_and_spread(separated, ("rank", "distance"), "eigenvalue")
     for rank in range(1, 5):
-        means = [
-            sum(row["eigenvalue"] for row in separated if (row["rank"], row["distance"]) == (rank, distance))
-            / sum((row["rank"], row["distance"]) == (rank, distance) for row in separated)
-            for distance in SEPARATIONS
-        ]
-        axes.semilogy(SEPARATIONS, means, "o-", label=f"eigenvalue {rank}")
+        axes.semilogy(
+            SEPARATIONS, [means[rank, distance][0] for distance in SEPARATIONS], "o-", label=f"eigenvalue {rank}"
+        )
     axes.set(
         xlabel="distance of the centres of three Gaussian classes", title="Large eigenvalues fall as the classes part"
     )

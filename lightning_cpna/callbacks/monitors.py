@@ -14,7 +14,7 @@ from lightning_cpna._lightning import Callback, LightningModule, Trainer
 from lightning_cpna.activations import Watch
 from lightning_cpna.callbacks.capture import Capture, running_eagerly, trace_few
 from lightning_cpna.graph import Graph
-from lightning_cpna.landscape.alignment import alignment, filters_of, plot_alignment
+from lightning_cpna.landscape.alignment import Alignment, alignment, filters_of, plot_alignment
 from lightning_cpna.layers import layers_of
 from lightning_cpna.plots import log_figure
 
@@ -153,6 +153,7 @@ class AlignmentLogger(Callback):
             raise ValueError("name is ''; allowed is any text")
         self.layers, self.n_clusters, self.every_n_epochs, self.name = layers, n_clusters, every_n_epochs, name
         self._first: dict[str, Tensor] = {}
+        self._clustered: dict[str, Alignment] = {}  # the same, once a figure has shown it
 
     @property
     def state_key(self) -> str:
@@ -162,7 +163,7 @@ class AlignmentLogger(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier fit."""
         if stage == "fit":
-            self._first = {}
+            self._first, self._clustered = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the vectors of the beginning."""
@@ -217,5 +218,6 @@ class AlignmentLogger(Callback):
                         tag=tag,
                         global_step=step,
                     )
-            first = alignment(self._first[layer], self.n_clusters)
-            log_figure(loggers, tag, partial(plot_alignment, found, first), step)
+            if layer not in self._clustered:
+                self._clustered[layer] = alignment(self._first[layer], self.n_clusters)
+            log_figure(loggers, tag, partial(plot_alignment, found, self._clustered[layer]), step)

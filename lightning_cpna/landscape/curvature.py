@@ -150,14 +150,14 @@ def hessian_spectrum(
     if exact:
         values = torch.linalg.eigvalsh(hessian(surface, point).double().cpu())
         return Spectrum(values[None], torch.full_like(values, 1 / surface.n)[None], surface.n, loss, True)
-    product = surface.hessian_product(point)
+    product, steps = surface.hessian_product(point), min(steps, surface.n)
     generator = torch.Generator().manual_seed(seed)
     nodes, weights = [], []
     for _ in range(probes):
         probe = (torch.randint(0, 2, (surface.n,), generator=generator) * 2 - 1).to(point)
-        diagonal, off = lanczos(product, probe, min(steps, surface.n))
+        diagonal, off = lanczos(product, probe, steps)
         values, vectors = torch.linalg.eigh(torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1))
-        missing = min(steps, surface.n) - len(values)  # an invariant subspace may be smaller than the steps
+        missing = steps - len(values)  # an invariant subspace may be smaller than the steps
         nodes.append(torch.cat([values, values[-1:].expand(missing)]))
         weights.append(torch.cat([vectors[0].square(), values.new_zeros(missing)]))
     return Spectrum(torch.stack(nodes), torch.stack(weights), surface.n, loss, False)

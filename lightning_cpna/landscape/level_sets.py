@@ -147,10 +147,12 @@ def walk_level_set(
         >>> path.points[-1].round(decimals=3).tolist(), path.stopped
         ([2.0, 0.0], 'stationary')
     """
-    _check(objective, level, step, tolerance, max_steps, max_evaluations, record_every, surface, others)
+    _check(objective, level, step, tolerance, max_steps, max_evaluations, record_every)
+    others = others or {}
+    surface.check_others(others)
     walk = _Walk(surface, objective, step, tolerance, max_evaluations, torch.Generator().manual_seed(seed))
     walk.begin(surface.point() if start is None else start, level)
-    records = [walk.record(0, others or {})]
+    records = [walk.record(0, others)]
     stopped: Literal["evaluations", "steps", "stationary", "stuck"] = "steps"
     made = 0
     while made < max_steps:
@@ -166,9 +168,9 @@ def walk_level_set(
             break
         made += 1
         if made % record_every == 0:
-            records.append(walk.record(made, others or {}))
+            records.append(walk.record(made, others))
     if records[-1].step != made:
-        records.append(walk.record(made, others or {}))
+        records.append(walk.record(made, others))
     return LevelSetPath(
         points=torch.stack([record.point for record in records]),
         steps=torch.tensor([record.step for record in records]),
@@ -176,7 +178,7 @@ def walk_level_set(
         level=walk.level,
         objective=_column([record.objective for record in records]),
         angles=_column([record.angle for record in records]),
-        others={name: _column([record.others[name] for record in records]) for name in others or {}},
+        others={name: _column([record.others[name] for record in records]) for name in others},
         distance=walk.distance,
         evaluations=walk.evaluations,
         stopped=stopped,
@@ -353,8 +355,6 @@ def _check(
     max_steps: int,
     max_evaluations: int,
     record_every: int,
-    surface: LossSurface,
-    others: Mapping[str, LossSurface] | None,
 ) -> None:
     if not callable(objective) and objective not in ("l2", "random", "brownian"):
         raise ValueError(
@@ -366,8 +366,3 @@ def _check(
     for name, count in (("max_steps", max_steps), ("max_evaluations", max_evaluations), ("record_every", record_every)):
         if type(count) is not int or count < 1:
             raise ValueError(f"{name} is {count!r}; allowed is an int >= 1")
-    for name, other in (others or {}).items():
-        if not other.has_coordinates_of(surface):
-            raise ValueError(
-                f"others: {name!r} has other coordinates than the surface; allowed are the same names and masks"
-            )

@@ -90,8 +90,7 @@ class Path:
     @property
     def is_monotone(self) -> bool:
         """Whether the loss never rises from the start to the end, but for rounding."""
-        rise = self.losses.diff().max() if len(self.losses) > 1 else torch.tensor(0.0)
-        return bool(rise <= MONOTONE * (self.losses.max() - self.losses.min()))
+        return bool(self.losses.diff().max() <= MONOTONE * (self.losses.max() - self.losses.min()))
 
     @property
     def arc_length(self) -> float:
@@ -174,29 +173,26 @@ def follow(
         raise ValueError(f"places is {places!r}; allowed is an int >= 2")
     if not start < end:
         raise ValueError(f"start is {start} and end is {end}; allowed is a start below the end")
-    surfaces = {"": surface, **(others or {})}
+    others = others or {}
     surface.check(curve.points[0])
-    for name, other in surfaces.items():
-        if not other.has_coordinates_of(surface):
-            raise ValueError(
-                f"others: {name!r} has other coordinates than the surface; allowed are the same names and masks"
-            )
+    surface.check_others(others)
     t = torch.linspace(start, end, places, dtype=torch.float64)
     points = [curve(float(at)) for at in t]
-    values: dict[str, list[float]] = {name: [] for name in surfaces}
-    for point in points:
-        buffers = surface.batch_norm_statistics(point) if surface.has_batch_norm else None
-        for name, other in surfaces.items():
-            values[name].append(other.loss(point, buffers))
-    found = {name: torch.tensor(column, dtype=torch.float64) for name, column in values.items()}
+    statistics = [surface.batch_norm_statistics(point) for point in points]
+
+    def losses(of: LossSurface) -> Tensor:
+        values = [of.loss(point, buffers) for point, buffers in zip(points, statistics, strict=True)]
+        return torch.tensor(values, dtype=torch.float64)
+
+    first, last = (surface.gradient(points[i], statistics[i])[1] for i in (0, -1))
     lengths = [float((after - before).norm()) for before, after in itertools.pairwise(points)]
     return Path(
         curve=curve,
         t=t,
-        losses=found.pop(""),
-        others=found,
+        losses=losses(surface),
+        others={name: losses(other) for name, other in others.items()},
         lengths=torch.tensor(lengths, dtype=torch.float64),
-        gradient_norms=(_norm(surface, points[0]), _norm(surface, points[-1])),
+        gradient_norms=(float(first.norm()), float(last.norm())),
     )
 
 
@@ -301,8 +297,3 @@ def plot_paths(paths: Mapping[str, Path], other: str | None = None) -> Figure:
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
-
-
-def _norm(surface: LossSurface, point: Tensor) -> float:
-    buffers = surface.batch_norm_statistics(point) if surface.has_batch_norm else None
-    return float(surface.gradient(point, buffers)[1].norm())

@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_map_only
 from lightning_cpna.layers import evaluating
 from lightning_cpna.mask import Mask
 from lightning_cpna.observe import Loss, n_examples
+from lightning_cpna.sparse import INDICES
 from lightning_cpna.sparsity import sparsity_of
 from lightning_cpna.targets import all_targets, canonical_name, resolve
 
-PATTERN = ("crow_indices", "col_indices")  # the buffers that say which connections a SparseLinear has
 REPEATABLE = 1e-6  # relative: chosen, above the rounding of a sum in float32 whose order is not fixed
 
 
@@ -118,7 +118,7 @@ class LossSurface:
         found = {canonical_name(name): x for name, x in (self._parameters if weights is None else weights).items()}
         for name, buffer in self.module.named_buffers():
             other = found.get(canonical_name(name))
-            if name.endswith(PATTERN) and other is not None and not torch.equal(other.to(buffer.device), buffer):
+            if name.endswith(INDICES) and other is not None and not torch.equal(other.to(buffer.device), buffer):
                 raise ValueError(
                     f"weights: {name!r} is another pattern; allowed are the connections that the module's layer has"
                 )
@@ -156,6 +156,14 @@ class LossSurface:
         """Tell whether the coordinates are the same as another surface's."""
         alike = self.names == other.names and self._sizes == other._sizes and self._live.keys() == other._live.keys()
         return alike and all(torch.equal(live, other._live[name]) for name, live in self._live.items())
+
+    def check_others(self, others: Mapping[str, LossSurface]) -> None:
+        """Raise if surfaces, by name, have other coordinates than this one."""
+        for name, other in others.items():
+            if not self.has_coordinates_of(other):
+                raise ValueError(
+                    f"others: {name!r} has other coordinates than the surface; allowed are the same names and masks"
+                )
 
     def check(self, point: Tensor) -> None:
         """Raise if a tensor is no point of this surface."""
@@ -215,18 +223,15 @@ class LossSurface:
 
         return product
 
-    @property
-    def has_batch_norm(self) -> bool:
-        """Whether the module has BatchNorm layers that use running statistics."""
-        return any(_has_statistics(part) for part in self.module.modules())
-
     @torch.no_grad()
     def batch_norm_statistics(self, point: Tensor) -> dict[str, Tensor]:
         """Return the running statistics that BatchNorm layers have at a point, by buffer name: means over the batches.
 
-        Each batch counts alike, whatever its size, as in training with ``momentum=None``.
+        Each batch counts alike, whatever its size, as in training with ``momentum=None``. Without such layers there are none.
         """
         weights, buffers = self.weights(point), self._statistics()
+        if not buffers:
+            return {}
         with self._measuring_statistics():
             for batch in self.batches:
                 self._run(weights, batch, buffers)
