@@ -15,6 +15,7 @@ from lightning_cpna.graph import Graph
 from lightning_cpna.growth import Decay, Factors, Growth
 from lightning_cpna.landscape import LayerUnits, UnitReport, plot_units, unit_report
 from lightning_cpna.masks import Masks, infer_masks
+from lightning_cpna.member_batches import member_loader
 from lightning_cpna.observe import mean_replacement_penalties, observe
 from lightning_cpna.plots import Connectivity, connectivity, plot_connectivity, plot_schedule, plot_tickets
 from lightning_cpna.report import LayerReport, SparsityReport
@@ -22,10 +23,12 @@ from lightning_cpna.rescale import rescale_
 from lightning_cpna.rewiring import plant_, rewire_
 from lightning_cpna.schedules import Annealing, Cubic, EpochFraction, Geometric, Linear, OneShot, Schedule
 from lightning_cpna.scores import Score, ScoreInputs
+from lightning_cpna.search import Certificate, Found, Tries, find_features
 from lightning_cpna.selection import keep_top
 from lightning_cpna.snapshot import Rewind, Snapshot, restore_masks_, rewind_, take_snapshot
 from lightning_cpna.sparse import SparseLinear
 from lightning_cpna.sparsity import Budget, Sparsity, sparsity_of
+from lightning_cpna.stacked import member, stack
 from lightning_cpna.targets import Axes, Target
 from lightning_cpna.taylor import weight_saliencies
 from lightning_cpna.tickets import Round, RoundReport, shuffle_masks_
@@ -40,6 +43,7 @@ __all__ = [
     "Axes",
     "Budget",
     "CPNAPruning",
+    "Certificate",
     "Compacted",
     "Connectivity",
     "Cost",
@@ -48,6 +52,7 @@ __all__ = [
     "Decay",
     "EpochFraction",
     "Factors",
+    "Found",
     "Geometric",
     "Graph",
     "Growth",
@@ -70,6 +75,7 @@ __all__ = [
     "SparsityReport",
     "Target",
     "TicketRewind",
+    "Tries",
     "UnitActivity",
     "UnitInputs",
     "UnitReport",
@@ -78,10 +84,13 @@ __all__ = [
     "compact",
     "connectivity",
     "cost_of",
+    "find_features",
     "infer_masks",
     "keep_top",
     "load_compact",
     "mean_replacement_penalties",
+    "member",
+    "member_loader",
     "observe",
     "plant_",
     "plot_connectivity",
@@ -94,6 +103,7 @@ __all__ = [
     "rewire_",
     "shuffle_masks_",
     "sparsity_of",
+    "stack",
     "take_snapshot",
     "trace",
     "unit_report",

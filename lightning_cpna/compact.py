@@ -21,6 +21,7 @@ from lightning_cpna.replay import float64_copy, reason, replay, why_not
 from lightning_cpna.shrink import is_shrunk
 from lightning_cpna.sparse import SparseLinear
 from lightning_cpna.sparsity import Sparsity
+from lightning_cpna.stacked import Stacked
 from lightning_cpna.surgery import (
     Groups,
     all_but_one,
@@ -125,6 +126,8 @@ def compact(
     if not isinstance(inputs, tuple) or not inputs or not all(isinstance(x, Tensor) for x in inputs):
         raise ValueError(f"example is a {type(example).__name__}; allowed is a tensor, or a tuple of tensors")
     original = getattr(module, "_orig_mod", module)
+    if isinstance(original, Stacked):
+        raise ValueError("module is a stack, whose members lose different units; allowed is member(stacked, i)")
     if is_shrunk(original):
         raise ValueError(
             "module is made smaller by a running fit (shrink=True); allowed is to compact it after the fit"

@@ -15,8 +15,11 @@ from lightning_cpna.targets import all_targets
 
 
 def layers_of(module: nn.Module) -> dict[str, nn.Module]:
-    """Find the Linear, Conv (not transposed) and SparseLinear modules, by the canonical names of their weights."""
-    names = {id(target.parameter): name for name, target in all_targets(module).items()}
+    """Find the Linear, Conv (not transposed) and SparseLinear modules, by the canonical names of their weights.
+
+    Those of a stack's members, which run together, are not among them.
+    """
+    names = {id(target.parameter): name for name, target in all_targets(module).items() if target.axes.member is None}
     return {
         names[id(part.weight)]: part
         for part in module.modules()

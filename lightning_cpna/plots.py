@@ -58,7 +58,9 @@ class Connectivity:
 
 
 def connectivity(sparsity: Sparsity) -> Connectivity:
-    """Read the connectivity of the longest chain of traced layers that ends at the network's output.
+    """Read the connectivity of the longest chain of traced layers that ends at the output.
+
+    Of a stack, it is that of the first member.
 
     Raises:
         ValueError: If the module was not traced.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_cpna.stacked import Stacked
 from lightning_cpna.targets import canonical_name
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -78,7 +79,7 @@ def _wide_copy(tensor: Tensor) -> Tensor:
 def float64_copy(module: nn.Module) -> Iterator[nn.Module]:
     """Yield an uncompiled float64 copy of a module, with gradients off and a random state of its own.
 
-    The copy is in the module's own mode, so that what is traced is what is trained.
+    The copy is in the module's own mode, so that what is traced is what is trained. Of a stack it has the first member.
     """
     memo: dict[int, Any] = {}
     for value in _activations(module):
@@ -93,6 +94,8 @@ def float64_copy(module: nn.Module) -> Iterator[nn.Module]:
     if any(parameter.device.type == "mps" for parameter in twin.parameters()):
         twin = twin.cpu()
     with torch.no_grad(), torch.random.fork_rng(_cuda_devices()), _Float64():
+        if isinstance(twin, Stacked):
+            twin.reduce_()
         yield twin.double()
 
 

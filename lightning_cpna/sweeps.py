@@ -246,6 +246,15 @@ def log_hparams(rows: Iterable[Row], hparams: Sequence[str], metrics: Sequence[s
                 writer.add_scalar(key, value)
 
 
+def n_workers(n_jobs: int, backend: Backend) -> int:
+    """Return how many runs a sweep makes at a time."""
+    joblib = _joblib()
+    if backend == "ray":
+        _register_ray()
+    with joblib.parallel_config(backend=backend):
+        return int(joblib.effective_n_jobs(n_jobs))
+
+
 def _files(function: RunFunction, settings: list[dict[str, Any]], folder: Path) -> dict[Path, dict[str, Any]]:
     """Name the file of every setting."""
     name, files = _name(function), {}

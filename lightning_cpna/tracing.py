@@ -7,7 +7,7 @@ activation reaches the next layer its labels say which unit feeds which column, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_cpna.graph import Graph, Layer, owned
 from lightning_cpna.replay import Call, Calls, float64_copy, plain, widen
-from lightning_cpna.targets import Axes, all_targets, canonical_name
+from lightning_cpna.targets import all_targets, canonical_name
 
 _LAYERS = {"linear": None, "sparse_linear": None, "conv1d": 1, "conv2d": 2, "conv3d": 3}
 # f(c * x) = c * f(x) for c > 0, element by element (dropout is the identity in eval mode).
@@ -69,11 +69,11 @@ def trace_calls(module: nn.Module, calls: Calls) -> Graph:
     A float argument that requires a gradient was computed by another call, so it is not known what feeds its reader.
     """
     with float64_copy(module) as twin:
-        builder = _Builder(twin, {name: target.axes for name, target in all_targets(module).items()})
+        builder = _Builder(twin)
         for prefix, call in calls:
             path = canonical_name(prefix)
             builder.run(twin.get_submodule(path), path, call)
-    return builder.graph()
+    return builder.graph().with_axes({name: target.axes for name, target in all_targets(module).items()})
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ class _Flow:
 
 
 class _Builder(TorchFunctionMode):
-    def __init__(self, module: nn.Module, axes: Mapping[str, Axes]) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self._names = {id(target.parameter): (name, axes[name]) for name, target in all_targets(module).items()}
+        self._names = {id(target.parameter): (name, target.axes) for name, target in all_targets(module).items()}
         self._layers: dict[str, Layer] = {}
         self._n_units = 0
         self._obstacles: dict[str, list[str]] = {}

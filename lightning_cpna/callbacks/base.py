@@ -25,6 +25,7 @@ from lightning_cpna.report import SparsityReport
 from lightning_cpna.shrink import Shrinking
 from lightning_cpna.sparse import SparseLinear
 from lightning_cpna.sparsity import Budget, Sparsity, sparsity_of
+from lightning_cpna.stacked import Stacked
 from lightning_cpna.targets import all_targets
 
 T = TypeVar("T")
@@ -532,6 +533,8 @@ def _refuse_to_shrink(trainer: Trainer, pl_module: LightningModule) -> None:
         why = f"{type(trainer.strategy).__name__} trains in {trainer.world_size} processes"
     elif any(is_compiled(part) for part in pl_module.modules()):
         why = "the module is compiled"
+    elif isinstance(pl_module, Stacked):
+        why = "the module is a stack, whose members lose different units"
     why = why or averaging(trainer)
     if why is not None:
         raise ValueError(f"shrink is True, but {why}; allowed is shrink=False, and compact() after the fit")

@@ -1,0 +1,351 @@
+"""Many copies of a network as one module: every parameter has a leading axis of members."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.parameter import UninitializedParameter
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lightning_cpna.moments import is_elementwise
+from lightning_cpna.targets import Axes, ListedAxes, all_targets, axes_of
+
+M = TypeVar("M", bound=nn.Module)
+
+CHECKPOINT_KEY = "lightning_cpna_members"
+
+
+def stack(members: Sequence[M], seeds: Sequence[int] | None = None) -> M:
+    """Make one module of many copies of a network, which differ in their parameters and buffers alone.
+
+    The stack is a module of the members' own class, with their names: ``"net.0.weight"`` is ``(member, out, in)`` where a
+    member's is ``(out, in)``. It is called with tensors that have a leading axis of members, and returns such tensors. A
+    stack of LightningModules is trained by a Trainer as a member would be, with the ``training_step`` and
+    ``configure_optimizers`` of the members: the loss is the sum over members, so that each of them is trained as if it were
+    alone, and what they log is logged as the mean over members. Masks, scores, schedules and rescaling act on each member
+    for itself; a count is that of every member.
+
+    All members run at once (``torch.vmap``): their ``forward`` and ``training_step`` must be made of tensor operations.
+    Dropout draws from a generator of each member. Random operations besides dropout, metrics that keep a state, gradient
+    clipping by norm, optimizers that mix the entries of a tensor, and manual optimisation are refused.
+
+    Args:
+        members: Modules of one class with parameters and buffers of the same names and shapes. They are left as they are.
+        seeds: Of the generator of each member, for dropout; None: its place.
+
+    Returns:
+        The stack; ``member(stack, i)`` takes one out of it.
+
+    Raises:
+        ValueError: If there is no member, or one is not like the first.
+        TypeError: If a member cannot be stacked.
+
+    Example:
+        >>> nets = [nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)) for _ in range(5)]
+        >>> stacked, x = stack(nets), torch.randn(5, 8, 3)
+        >>> stacked.get_parameter("0.weight").shape, stacked(x).shape
+        (torch.Size([5, 4, 3]), torch.Size([5, 8, 1]))
+        >>> torch.allclose(stacked(x)[2], nets[2](x[2]), atol=1e-6)
+        True
+    """
+    if not members:
+        raise ValueError("members is empty; allowed is at least one module")
+    seeds = range(len(members)) if seeds is None else seeds
+    if len(seeds) != len(members):
+        raise ValueError(f"seeds has {len(seeds)} entries; allowed is one for each of the {len(members)} members")
+    for place, one in enumerate(members):
+        _check(one, members[0], place)
+    stacked: Any = copy.deepcopy(members[0])
+    stacked.__class__ = _stacked_class(type(members[0]))  # type: ignore[arg-type]
+    stacked.n_members = len(members)
+    stacked._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    _change_tensors_(stacked, lambda name: torch.stack([_tensor(one, name).detach() for one in members]), _with_members)
+    return stacked  # type: ignore[no-any-return]
+
+
+def member(stacked: M, place: int) -> M:
+    """Take a member out of a stack, as a module of its own.
+
+    Args:
+        stacked: What `stack` returned.
+        place: Which, from 0.
+
+    Returns:
+        A copy of the member, in its own class. Where it is pruned, ``infer_masks`` finds its masks.
+
+    Raises:
+        IndexError: If there is no such member.
+        TypeError: If the module is no stack.
+
+    Example:
+        >>> nets = [nn.Linear(3, 1), nn.Linear(3, 1)]
+        >>> torch.equal(member(stack(nets), 1).weight, nets[1].weight)
+        True
+    """
+    if not isinstance(stacked, Stacked):
+        raise TypeError(f"stacked is a {type(stacked).__name__}; allowed is what stack() returned")
+    if not 0 <= place < stacked.n_members:
+        raise IndexError(f"place is {place}; allowed is 0 to {stacked.n_members - 1}")
+    one: Any = copy.deepcopy(stacked)
+    one.__class__ = type(stacked).member_class
+    del one.n_members, one._generators
+    _change_tensors_(one, lambda name: _tensor(stacked, name).detach()[place].clone(), _without_members)
+    return one  # type: ignore[no-any-return]
+
+
+class Stacked(nn.Module):
+    """What a stack adds to its members' class; `stack` makes it.
+
+    Attributes:
+        member_class: The class of the members.
+        n_members: How many there are; 0 if the tensors are those of the first alone.
+    """
+
+    member_class: type[nn.Module]
+    n_members: int
+    _generators: list[torch.Generator]
+    _logged: dict[str, tuple[Any, dict[str, Any]]] | None = None  # what a member logs while it runs
+
+    def forward(self, *args: Any, method: str = "forward", **kwargs: Any) -> Any:
+        """Run every member.
+
+        Args:
+            *args: The members' arguments; tensors have a leading axis of members.
+            method: Which method of the members is called.
+            **kwargs: Likewise.
+
+        Returns:
+            What the members return, tensors with a leading axis.
+        """
+        if self._logged is not None:  # a member calls itself
+            return super().forward(*args, **kwargs)
+        if self.n_members == 0:
+            args, kwargs = tree_map(lambda x: x[0] if isinstance(x, Tensor) else x, (args, kwargs))
+            with self._member_runs():
+                return getattr(super(), method)(*args, **kwargs)
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, Tensor) and x.shape[:1] != (self.n_members,):
+                raise ValueError(
+                    f"an argument has shape {tuple(x.shape)}; allowed are tensors with a leading axis of {self.n_members} "
+                    "members: x.expand(n_members, *x.shape) where all read the same"
+                )
+        runner = _Runner(self, getattr(super(), method))
+        tensors = {f"stacked.{name}": x for name, x in [*self.named_parameters(), *self.named_buffers()]}
+        dims = tree_map(lambda x: 0 if isinstance(x, Tensor) else None, (args, kwargs))
+        with self._member_runs() as logged, _MemberDropout(self._generators if self.training else []):
+            found, values = vmap(
+                lambda own, given: functional_call(runner, own, given), in_dims=(dict.fromkeys(tensors, 0), dims)
+            )(tensors, (args, kwargs))
+        for name, value in values.items() if self.training else ():
+            self.log(name, value.mean(), **logged[name][1])
+        return found
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the sum of the members' losses."""
+        losses = self(*args, method="training_step", **kwargs)
+        if isinstance(losses, dict):
+            losses = losses["loss"]
+        return losses.sum()  # type: ignore[no-any-return]
+
+    @contextlib.contextmanager
+    def _member_runs(self) -> Iterator[dict[str, tuple[Any, dict[str, Any]]]]:
+        self._logged = {}
+        try:
+            yield self._logged
+        finally:
+            self._logged = None
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Log a value; of what members log, the mean.
+
+        Raises:
+            TypeError: If a member logs anything but a number or a tensor.
+        """
+        if self._logged is None:
+            super().log(name, value, *args, **kwargs)  # type: ignore[misc]
+        elif isinstance(value, int | float | Tensor):
+            self._logged[name] = (value, kwargs)
+        else:
+            raise TypeError(f"a member logs {name!r}, a {type(value).__name__}; allowed are numbers and tensors")
+
+    def on_train_start(self) -> None:
+        """Refuse optimizers that mix members."""
+        for optimizer in self.trainer.optimizers:  # type: ignore[union-attr]
+            kind = type(optimizer).__name__
+            if not is_elementwise(optimizer) or kind == "Adafactor":
+                raise ValueError(
+                    f"configure_optimizers returned {kind}, which may mix the members of a stack; allowed are "
+                    "optimizers that update each weight by itself, as Adam, AdamW and SGD of torch.optim do"
+                )
+        super().on_train_start()  # type: ignore[misc]
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        """Refuse to clip by norm, which would mix members."""
+        clip = {**dict(zip(("gradient_clip_val", "gradient_clip_algorithm"), args, strict=False)), **kwargs}
+        if clip.get("gradient_clip_val") and clip.get("gradient_clip_algorithm") != "value":
+            raise ValueError(
+                f"gradient_clip_val is {clip['gradient_clip_val']} with gradient_clip_algorithm='norm', which would mix the "
+                "members of a stack; allowed is gradient_clip_algorithm='value', or no clipping"
+            )
+        super().configure_gradient_clipping(optimizer, *args, **kwargs)  # type: ignore[misc]
+
+    def on_validation_start(self) -> None:
+        """Refuse to validate: what members do then is written for one of them."""
+        raise NotImplementedError(
+            "a stack of members is not validated; allowed is to fit it without validation data, and to measure "
+            "stacked(x), or member(stacked, i), afterwards or in a callback"
+        )
+
+    on_test_start = on_validation_start
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the states of the members' generators."""
+        checkpoint[CHECKPOINT_KEY] = [generator.get_state() for generator in self._generators]
+        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Load them."""
+        for generator, state in zip(self._generators, checkpoint[CHECKPOINT_KEY], strict=True):
+            generator.set_state(state)
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+
+    def __reduce__(self) -> Any:
+        """Pickle by the members' class, as that of the stack has no name; a generator by its state."""
+        return _unpickled, (self.member_class,), self.__getstate__()  # type: ignore[no-untyped-call]
+
+    def reduce_(self) -> None:
+        """Keep of every tensor the first member alone, so that the stack runs as one network (to be traced, say)."""
+        first = {name: _tensor(self, name).detach()[0].clone() for name in _names(self)}
+        self.n_members = 0
+        _change_tensors_(self, first.__getitem__, _without_members)
+
+
+@functools.cache
+def _stacked_class(member_class: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Stacked{member_class.__name__}", (Stacked, member_class), {"member_class": member_class})
+
+
+def _unpickled(member_class: type[nn.Module]) -> nn.Module:
+    kind = _stacked_class(member_class)  # type: ignore[arg-type]
+    return kind.__new__(kind)
+
+
+class _Runner(nn.Module):
+    """Calls a method of a member whose tensors `functional_call` has put into the stack."""
+
+    def __init__(self, stacked: Stacked, method: Callable[..., Any]) -> None:
+        super().__init__()
+        self.stacked, self.method = stacked, method
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+        out = self.method(*args, **kwargs)
+        logged = self.stacked._logged or {}
+        return out, {name: torch.as_tensor(value, dtype=torch.float32) for name, (value, _) in logged.items()}
+
+
+class _MemberDropout(TorchFunctionMode):
+    """Lets dropout draw from the generator of each member."""
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        super().__init__()
+        self.generators = generators
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is nn.functional.dropout and self.generators:
+            return self._dropout(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or p == 0:
+            return input
+        return input * (_Noise.apply(input, p, self.generators) if p < 1 else 0)  # type: ignore[no-untyped-call]
+
+
+class _Noise(torch.autograd.Function):
+    """Draws what dropout multiplies with: each member's from its own generator, as the member would alone."""
+
+    @staticmethod
+    def forward(x: Tensor, p: float, generators: Sequence[torch.Generator]) -> Tensor:
+        """Draw for one member; a stack has several, for whom `vmap` is called."""
+        (generator,) = generators
+        noise = torch.empty(x.shape, dtype=x.dtype, device=generator.device).bernoulli_(1 - p, generator=generator)
+        return noise.div_(1 - p).to(x.device)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        """Say that nothing flows back."""
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, p: float, generators: Any) -> tuple[Tensor, int]:
+        """Draw for every member."""
+        example = x if in_dims[0] is None else x.movedim(in_dims[0], 0)[0]
+        return torch.stack([_Noise.forward(example, p, [generator]) for generator in generators]), 0
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    owner, _, local = name.rpartition(".")
+    found: Tensor = getattr(module.get_submodule(owner), local)
+    return found
+
+
+def _names(module: nn.Module) -> list[str]:
+    """List the names of parameters and buffers; a shared one appears once."""
+    return [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
+
+
+def _change_tensors_(module: nn.Module, change: Callable[[str], Tensor], axes: Callable[[Axes], Axes]) -> None:
+    """Give a module other parameters and buffers under the names of its own, and say what their axes are."""
+    new: dict[int, Tensor] = {}
+    for name, old in [*module.named_parameters(), *module.named_buffers()]:
+        tensor = change(name)
+        new[id(old)] = nn.Parameter(tensor, old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+    for owner in module.modules():
+        local = {name: axes(axes_of(owner, name)) for name, _ in owner.named_parameters(recurse=False)}
+        if local:
+            owner.parameter_axes = local  # type: ignore[assignment]
+        tables: list[dict[str, Any]] = [owner._parameters, owner._buffers]
+        for table in tables:
+            table |= {name: new[id(old)] for name, old in table.items() if old is not None}
+
+
+def _with_members(axes: Axes) -> Axes:
+    return dataclasses.replace(axes, member=0, unit=axes.unit + 1, input=None if axes.input is None else axes.input + 1)
+
+
+def _without_members(axes: Axes) -> Axes:
+    return dataclasses.replace(
+        axes, member=None, unit=axes.unit - 1, input=None if axes.input is None else axes.input - 1
+    )
+
+
+def _check(one: nn.Module, first: nn.Module, place: int) -> None:
+    """Raise if a member cannot be stacked with the first."""
+    if isinstance(one, Stacked):
+        raise TypeError(f"members[{place}] is a stack itself; allowed are its members")
+    if type(one) is not type(first):
+        raise ValueError(
+            f"members[{place}] is a {type(one).__name__}; allowed is the class of the first, {type(first).__name__}"
+        )
+    if getattr(one, "automatic_optimization", True) is False:
+        raise TypeError(f"members[{place}] optimises by itself; allowed are modules with automatic_optimization")
+    for name, target in all_targets(one).items():
+        if isinstance(target.parameter, UninitializedParameter) or isinstance(target.axes, ListedAxes):
+            what = "has no shape yet" if not isinstance(target.axes, ListedAxes) else "belongs to a SparseLinear"
+            raise TypeError(f"members[{place}]: {name!r} {what}; allowed are dense weights")
+    shapes = [{name: _tensor(module, name).shape for name in _names(module)} for module in (one, first)]
+    if shapes[0] != shapes[1]:
+        name = next(n for n in [*shapes[0], *shapes[1]] if shapes[0].get(n) != shapes[1].get(n))
+        own, other = (f"{tuple(s[name])}" if name in s else "no such tensor" for s in shapes)
+        raise ValueError(f"members[{place}]: {name!r} is {own}; allowed is what the first has, {other}")
