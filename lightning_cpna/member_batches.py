@@ -41,7 +41,7 @@ def member_loader(
     if len(sizes) != 1 or len(size := sizes.pop()) != 2 or size[0] != len(seeds) or not size[1]:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
         raise ValueError(
-            f"tensors have shapes {shapes}; allowed are (member, n, ...), with {len(seeds)} members as seeds has"
+            f"tensors have shapes {shapes}; allowed are (member, n, ...), of the {len(seeds)} members that seeds has"
         )
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; allowed is 1 or more")

@@ -249,7 +249,12 @@ class _Runner(nn.Module):
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
         out = self.method(*args, **kwargs)
         logged = self.stacked._logged or {}
-        return out, {name: torch.as_tensor(value, dtype=torch.float32) for name, (value, _) in logged.items()}
+        return out, {name: _as_float(value) for name, (value, _) in logged.items()}
+
+
+def _as_float(value: float | Tensor) -> Tensor:
+    tensor = torch.as_tensor(value).detach()
+    return tensor if tensor.is_floating_point() else tensor.float()
 
 
 class _MemberDropout(TorchFunctionMode):

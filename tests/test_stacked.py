@@ -1,0 +1,408 @@
+"""Stacks: against their members alone, in float64."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
+
+from lightning_cpna import (
+    Annealing,
+    CPNAPruning,
+    Geometric,
+    NeuronPruning,
+    SparseLinear,
+    Target,
+    compact,
+    member,
+    member_loader,
+    sparsity_of,
+    stack,
+    trace,
+)
+from lightning_cpna.targets import Axes, all_targets
+
+N, P, BATCH, STEPS, MEMBERS = 100, 6, 16, 20, 3
+
+
+class Classifier(pl.LightningModule):
+    def __init__(self, norm: bool = False, dropout: float = 0.0, optimizer: str = "Adam") -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(P, 12),
+            nn.BatchNorm1d(12) if norm else nn.Identity(),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(12, 1),
+        )
+        self.optimizer = optimizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x).squeeze(-1)
+        return logits
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = nn.functional.binary_cross_entropy_with_logits(self(batch[0]), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        kind = getattr(torch.optim, self.optimizer)
+        options = {"weight_decay": 1e-3} if self.optimizer != "LBFGS" else {}
+        return kind(self.parameters(), lr=1e-2, **options)  # type: ignore[no-any-return]
+
+
+class Lightning2(L.LightningModule):
+    """The same for the other package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.optimizer = nn.Sequential(nn.Linear(P, 12), nn.ReLU(), nn.Linear(12, 1)), "Adam"
+
+    forward = Classifier.forward
+    training_step = Classifier.training_step
+    configure_optimizers = Classifier.configure_optimizers
+
+
+def members(kind: Any = Classifier, n: int = MEMBERS, **options: Any) -> list[Any]:
+    return [kind(**options).double() for _ in range(n)]
+
+
+def examples() -> tuple[Tensor, Tensor]:
+    x = torch.randn(MEMBERS, N, P, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    return x, (x[..., 0] * x[..., 1] > 0).double()
+
+
+def fit(module: Any, loader: Any, callbacks: list[Any] = [], flavour: Any = pl, **options: Any) -> Any:  # noqa: B006
+    settings = {"max_steps": STEPS, "max_epochs": -1, "logger": False, "enable_checkpointing": False, **options}
+    trainer = flavour.Trainer(
+        accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks, **settings
+    )
+    trainer.fit(module, loader)
+    return trainer
+
+
+class OneMember(pl.Callback):
+    """Gives a member that trains alone the global generator that it has in a stack."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_start(self, *_: Any) -> None:
+        torch.manual_seed(self.seed)
+
+
+def alone(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Take the axis of members from a loader for one."""
+    loader.collate_fn = lambda batch: [tensor[0] for tensor in batch]
+    return loader
+
+
+def connections(normalize: bool | None) -> list[Any]:
+    return [
+        CPNAPruning({"net.4.weight": 4}, schedule=Annealing(3, 12), normalize=normalize, name="hidden"),
+        CPNAPruning({"net.0.weight": 10}, schedule=Geometric(12, 18), normalize=False, name="input"),
+    ]
+
+
+PRUNING: dict[str, tuple[dict[str, Any], Callable[[], list[Any]]]] = {
+    "connections, normalised": ({}, lambda: connections(None)),
+    "behind BatchNorm": ({"norm": True}, lambda: connections(False)),
+    "dropout": ({"dropout": 0.3}, lambda: connections(None)),
+    "features": (
+        {},
+        lambda: [CPNAPruning({"net.0.weight": 2}, granularity="feature", schedule=Geometric(2, 18))],
+    ),
+    "units": ({}, lambda: [CPNAPruning({"net.0.weight": 3}, granularity="unit", schedule=Geometric(2, 18))]),
+    "neurons": (
+        {},
+        lambda: [NeuronPruning({"net.0.weight": 3}, score="norm", compensate=None, schedule=Geometric(2, 18))],
+    ),
+    "a shared budget": (
+        {},
+        lambda: [CPNAPruning({"net.*.weight": 20}, scope="shared", normalize=False, schedule=Geometric(2, 18))],
+    ),
+    "SGD with momentum": ({"optimizer": "SGD"}, lambda: connections(None)),
+}
+
+
+@pytest.mark.parametrize("case", PRUNING)
+def test_every_member_trains_and_is_pruned_as_if_it_were_alone(case: str) -> None:
+    options, callbacks = PRUNING[case]
+    one_by_one, (x, y) = members(**options), examples()
+    stacked = stack(one_by_one, seeds=range(10, 10 + MEMBERS))
+    trainer = fit(stacked, member_loader([x, y], batch_size=BATCH, seeds=range(MEMBERS)), callbacks())
+    losses = []
+    for i, single in enumerate(one_by_one):
+        loader = alone(member_loader([x[i : i + 1], y[i : i + 1]], batch_size=BATCH, seeds=[i]))
+        losses.append(fit(single, loader, [*callbacks(), OneMember(10 + i)]).callback_metrics["loss"])
+        for (name, ours), theirs in zip(
+            member(stacked, i).state_dict().items(), single.state_dict().values(), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+            assert torch.equal(ours == 0, theirs == 0), name
+    counts = [budget.n_end for budget in sparsity_of(stacked).budgets]
+    assert [sparsity_of(stacked).n_remaining(budget) for budget in sparsity_of(stacked).budgets] == counts
+    torch.testing.assert_close(trainer.callback_metrics["loss"], torch.stack(losses).mean())
+
+
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.second = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.same = nn.Linear(4, 4)
+        self.tied = nn.Linear(4, 4)
+        self.tied.weight = self.same.weight
+        self.last = nn.Linear(4, 2)
+        self.scale: Tensor
+        self.register_buffer("scale", torch.rand(4))
+        self.offset = nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor, *, power: int) -> Tensor:
+        x = nn.functional.max_pool2d(self.norm(self.first(x)).relu(), 2)
+        x = self.second(x).mean((2, 3)) * self.scale**power + self.offset
+        out: Tensor = self.last(nn.functional.layer_norm(self.tied(self.same(x)), (4,)))
+        return out
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_members_of_any_kind_answer_as_alone(training: bool) -> None:
+    nets = [Images().double().train(training) for _ in range(MEMBERS)]
+    x = torch.randn(MEMBERS, 5, 3, 8, 8, dtype=torch.float64)
+    stacked = stack(nets)
+    found = stacked(x, power=2)
+    for i, net in enumerate(nets):
+        torch.testing.assert_close(found[i], net(x[i], power=2), rtol=0, atol=1e-12)
+        for ours, theirs in zip(member(stacked, i).state_dict().values(), net.state_dict().values(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    assert stacked.tied.weight is stacked.same.weight
+    assert [p.requires_grad for p in stacked.parameters()] == [p.requires_grad for p in nets[0].parameters()]
+
+
+def test_dropout_draws_what_torch_draws_with_the_seed_of_the_member() -> None:
+    nets = [nn.Sequential(nn.Linear(P, 4), nn.Dropout(p)).double() for p in [0.4] * MEMBERS]
+    x, stacked = torch.randn(MEMBERS, 7, P, dtype=torch.float64), stack(nets, seeds=[3, 4, 5])
+    first, second = stacked(x), stacked(x)
+    for i, net in enumerate(nets):
+        torch.manual_seed(3 + i)
+        torch.testing.assert_close(torch.stack([first[i], second[i]]), torch.stack([net(x[i]), net(x[i])]))
+    assert torch.equal(stacked.eval()(x)[1], stacked(x)[1])
+
+
+def test_members_that_drop_everything_or_nothing() -> None:
+    x = torch.randn(2, 3, 4)
+    assert not stack([nn.Dropout(1.0), nn.Dropout(1.0)])(x).any()
+    assert torch.equal(stack([nn.Dropout(0.0), nn.Dropout(0.0)])(x), x)
+
+
+def test_a_random_operation_besides_dropout_is_refused_by_torch() -> None:
+    with pytest.raises(RuntimeError, match="random"):
+        stack([Noisy(), Noisy()])(torch.zeros(2, 3, 4))
+
+
+class Noisy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
+
+
+def test_the_trace_of_a_stack_is_that_of_a_member_with_an_axis_more() -> None:
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 4, 2))
+    x = torch.randn(2, 5, 2, 4, 4)
+    found, expected = trace(stack([net, net]), x), trace(net, x[0])
+    for name, layer in expected.items():
+        assert torch.equal(found[name].sources, layer.sources)
+        assert found[name].axes == Axes(member=0, unit=1, input=2)
+        assert (found[name].bias, found[name].obstacles) == (layer.bias, layer.obstacles)
+
+
+def test_the_names_are_those_of_a_member_and_the_class_is_one_of_its_own() -> None:
+    single, *others = members()
+    stacked = stack([single, *others])
+    assert isinstance(stacked, Classifier)
+    assert list(all_targets(stacked)) == list(all_targets(single))
+    assert isinstance(all_targets(stacked)["net.0.weight"], Target)
+    assert stacked.get_parameter("net.0.weight").shape == (MEMBERS, 12, P)
+    assert type(member(stacked, 0)) is Classifier
+    assert all_targets(member(stacked, 0))["net.0.weight"].axes == Axes()
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda stacked: pickle.loads(pickle.dumps(stacked))])
+def test_a_copied_stack_is_the_same_stack(again: Callable[[Any], Any]) -> None:
+    stacked = stack(members(dropout=0.5))
+    x, twin = examples()[0], again(stacked)
+    assert torch.equal(twin(x), stacked(x))
+    torch.testing.assert_close(twin.state_dict(), stacked.state_dict())
+    assert torch.equal(twin(x), stacked(x)), "the generators are copied, too"
+
+
+def test_a_resumed_stack_is_the_one_that_did_not_stop(tmp_path: Path) -> None:
+    def run(epochs: int, **options: Any) -> Any:
+        torch.manual_seed(0)
+        stacked = stack(members(dropout=0.3))
+        loader = member_loader(examples(), batch_size=BATCH, seeds=range(MEMBERS))
+        trainer = pl.Trainer(
+            max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=connections(None),
+        )  # fmt: skip
+        trainer.fit(stacked, loader, **options)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return stacked
+
+    straight = run(3)
+    run(1)
+    resumed = run(3, ckpt_path=tmp_path / "1.ckpt")
+    for ours, theirs in zip(resumed.state_dict().values(), straight.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert isinstance(torch.load(tmp_path / "3.ckpt", weights_only=True), dict)
+
+
+@pytest.mark.parametrize(("kind", "flavour"), [(Classifier, pl), (Lightning2, L)])
+def test_a_stack_is_trained_by_the_trainer_of_its_members(kind: Any, flavour: Any) -> None:
+    stacked = stack(members(kind))
+    before = stacked.net[0].weight.clone()
+    pruning = [CPNAPruning({"net.0.weight": 10}, schedule=Geometric(0, 3))]
+    fit(stacked, member_loader(examples(), batch_size=BATCH, seeds=range(MEMBERS)), pruning, flavour, max_steps=3)
+    assert not torch.equal(stacked.net[0].weight, before)
+
+
+class Manual(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "no members": (lambda: stack([]), ValueError, "members is empty"),
+    "seeds": (lambda: stack(members(), seeds=[1]), ValueError, "seeds has 1 entries"),
+    "another class": (lambda: stack([nn.ReLU(), nn.Tanh()]), ValueError, r"members\[1\] is a Tanh; .* ReLU"),
+    "another shape": (
+        lambda: stack([nn.Linear(2, 3), nn.Linear(2, 4)]),
+        ValueError,
+        r"'weight' is \(4, 2\); .* \(3, 2\)",
+    ),
+    "no bias": (
+        lambda: stack([nn.Linear(2, 3), nn.Linear(2, 3, bias=False)]),
+        ValueError,
+        r"'bias' is no such tensor; .* \(3,\)",
+    ),
+    "sparse": (lambda: stack([SparseLinear(4, 4, 2.0)]), TypeError, "'weight' belongs to a SparseLinear"),
+    "lazy": (lambda: stack([nn.LazyLinear(4)]), TypeError, "'weight' has no shape yet"),
+    "a stack": (lambda: stack([stack([nn.ReLU()])]), TypeError, r"members\[0\] is a stack itself"),
+    "manual": (lambda: stack([Manual()]), TypeError, "automatic_optimization"),
+    "no such member": (lambda: member(stack([nn.ReLU()]), 1), IndexError, "place is 1; allowed is 0 to 0"),
+    "no stack": (lambda: member(nn.ReLU(), 0), TypeError, "stacked is a ReLU"),
+    "no member axis": (
+        lambda: stack([nn.ReLU(), nn.ReLU()])(torch.zeros(3, 4)),
+        ValueError,
+        r"shape \(3, 4\); .* leading axis of 2",
+    ),
+    "compact": (lambda: compact(stack([nn.Linear(2, 3)]), torch.zeros(1, 4, 2)), ValueError, "module is a stack"),
+    "tensors": (
+        lambda: member_loader([torch.zeros(2, 5), torch.zeros(2, 4)], batch_size=2, seeds=[0, 1]),
+        ValueError,
+        r"tensors have shapes \(2, 5\), \(2, 4\)",
+    ),
+    "other members": (
+        lambda: member_loader([torch.zeros(2, 5)], batch_size=2, seeds=[0]),
+        ValueError,
+        "of the 1 members",
+    ),
+    "batch size": (lambda: member_loader([torch.zeros(1, 5)], batch_size=0, seeds=[0]), ValueError, "batch_size is 0"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_stacked_is_named(case: str) -> None:
+    call, error, message = WRONG[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+class LogsMetric(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.log("metric", MeanMetric())
+        return super().training_step(batch, batch_idx)
+
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], list[Any], type[Exception], str]] = {
+    "clipping by norm": (Classifier, {"gradient_clip_val": 1.0}, [], ValueError, "gradient_clip_algorithm='value'"),
+    "LBFGS": (Classifier, {}, [], ValueError, "LBFGS, which may mix the members"),
+    "Adafactor": (Classifier, {}, [], ValueError, "Adafactor, which may mix the members"),
+    "metrics": (LogsMetric, {}, [], TypeError, "logs 'metric', a MeanMetric; allowed are numbers and tensors"),
+    "shrink": (
+        Classifier,
+        {},
+        [CPNAPruning({"net.0.weight": 3}, granularity="unit", shrink=True)],
+        ValueError,
+        "shrink is True, but the module is a stack",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_mix_members_is_refused(case: str) -> None:
+    kind, options, callbacks, error, message = REFUSED[case]
+    stacked = stack(members(kind, optimizer=case if hasattr(torch.optim, case) else "Adam"))
+    with pytest.raises(error, match=message):
+        fit(stacked, member_loader(examples(), batch_size=BATCH, seeds=range(MEMBERS)), callbacks, **options)
+
+
+def test_clipping_by_value_is_that_of_the_members_alone() -> None:
+    one_by_one, (x, y) = members(), examples()
+    stacked = stack(one_by_one)
+    options: dict[str, Any] = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
+    fit(stacked, member_loader([x, y], batch_size=BATCH, seeds=range(MEMBERS)), **options)
+    fit(one_by_one[1], alone(member_loader([x[1:2], y[1:2]], batch_size=BATCH, seeds=[1])), **options)
+    torch.testing.assert_close(member(stacked, 1).state_dict(), one_by_one[1].state_dict(), rtol=0, atol=1e-10)
+
+
+def test_a_stack_is_not_validated() -> None:
+    class Validated(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.training_step(batch, batch_idx)
+
+    loader = member_loader(examples(), batch_size=BATCH, seeds=range(MEMBERS))
+    trainer = pl.Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    with pytest.raises(NotImplementedError, match="a stack of members is not validated"):
+        trainer.fit(stack(members(Validated)), loader, loader)
+
+
+def test_every_member_takes_every_example_once_an_epoch_in_the_order_that_it_has_alone() -> None:
+    x = torch.arange(20).expand(3, 20)
+    loader, single = (
+        member_loader([x[:n], x[:n]], batch_size=6, seeds=seeds) for n, seeds in ((3, [7, 8, 9]), (1, [8]))
+    )
+    orders = []
+    for epoch in range(2):
+        for one in (loader, single):
+            one.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        orders.append(torch.cat([batch for batch, _ in loader], dim=1))
+        assert torch.equal(orders[-1].sort(dim=1).values, x)
+        assert torch.equal(torch.cat([batch for batch, _ in single], dim=1)[0], orders[-1][1])
+    assert not torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[0][0], orders[0][1])
+    assert [len(batch[0]) for batch, _ in member_loader([x, x], batch_size=6, seeds=[0, 1, 2], drop_last=True)] == [
+        6
+    ] * 3
+
+
+def test_members_of_lightning_modules_are_fitted_on_after_they_were_taken_out() -> None:
+    stacked = stack(members())
+    fit(stacked, member_loader(examples(), batch_size=BATCH, seeds=range(MEMBERS)), max_steps=2)
+    x, y = examples()
+    fit(member(stacked, 1), DataLoader(TensorDataset(x[1], y[1]), batch_size=BATCH), connections(None))
