@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: env demo test test-slow benchmark results results-figures results-saliency results-asu results-tickets results-uci results-landscape format clean
+.PHONY: env demo test test-slow benchmark results results-figures results-saliency results-asu results-tickets results-uci results-landscape results-features format clean
 
 env: $(VENV)/installed
 
@@ -80,6 +80,13 @@ results-landscape: env
 	for name in evci level_sets sagun xord filters cpna; do \
 	  $(BIN)/python -m examples.landscape.$$name --out runs/landscape/$$name --readme README.md || exit 1; done
 	cp runs/landscape/*/*.csv runs/landscape/*/*.png examples/landscape/results/
+
+# What the README says of features found by restarts; the data sets as above.
+results-features: env
+	$(BIN)/python -m examples.xor.frontier --out runs/frontier --readme README.md
+	cp runs/frontier/frontier.csv runs/frontier/frontier.png examples/xor/results/
+	for name in noise asu; do $(BIN)/python -m examples.features.$$name --out runs/features/$$name --readme README.md || exit 1; done
+	cp runs/features/*/*.csv runs/features/*/*.png examples/features/results/
 
 format: env
 	$(BIN)/ruff check --fix .

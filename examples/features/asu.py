@@ -106,7 +106,7 @@ def table(rows: list[Row]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Search, write the results, and draw them."""
-    args = parse("examples.features.asu", __doc__, arguments, seeds=5, data=True)
+    args = parse("examples.features.asu", __doc__, arguments, seeds=3, data=True)
     settings = [{"name": name, "seed": seed} for name in ASU if is_here(name, args.data) for seed in range(args.seeds)]
     rows = run_sweep(args, partial(search, folder=args.data), settings, title="searches")
     finish(args, "examples.features.asu", rows, draw(rows), table(rows))

@@ -49,7 +49,7 @@ class Size(NamedTuple):
     most: int
 
 
-SIZES = {"quick": Size(1, 1, 0), "reduced": Size(5, 10, 3), "full": Size(10, 10, 10)}
+SIZES = {"quick": Size(1, 1, 0), "reduced": Size(3, 10, 3), "full": Size(10, 10, 10)}
 
 
 def restarts(*, k: int, p: int, data_seed: int) -> Row:
