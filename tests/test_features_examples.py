@@ -16,6 +16,7 @@ from examples.features import asu, noise
 from examples.readme import fill
 from examples.results import Row
 from examples.xor import frontier
+from examples.xor.recipes import callbacks
 from lightning_cpna import Tries
 from lightning_cpna.sweeps import load_rows
 
@@ -33,11 +34,10 @@ def test_restarts_find_the_features_and_the_tail_prunes_to_the_counts_of_table_1
     tries = Tries(8, 8, together=8, null=4, pretraining=10, annealing=20, batch_size=128)
     monkeypatch.setitem(frontier.RESTARTS, 3, {10: tries})
     monkeypatch.setattr(frontier, "N", 1000)
-    reached: list[int] = []
-    ends = frontier.callbacks
+    reached: list[float] = []
 
     def watched(*args: Any) -> list[Any]:
-        pruning = ends(*args)
+        pruning = callbacks(*args)
         reached.extend(next(iter(callback.targets.values())) for callback in pruning)
         return pruning
 
@@ -55,11 +55,10 @@ def frontier_row(method: str, seed: int, *, solved: bool, auc: float, **further:
 
 def test_the_frontiers_tables_from_rows_made_by_hand() -> None:
     search = {"found": True, "certified": True, "tries": 8, "search_seconds": 5.0}
+    failed = search | {"found": False, "tries": 16, "search_seconds": 8.0}
     rows = [
         frontier_row("restarts", 1, solved=True, auc=99.0, **search),
-        frontier_row(
-            "restarts", 2, solved=False, auc=80.0, **(search | {"found": False, "tries": 16, "search_seconds": 8.0})
-        ),
+        frontier_row("restarts", 2, solved=False, auc=80.0, **failed),
         frontier_row("cpna_all", 1, solved=False, auc=50.0),
     ]
     lines = frontier.table(rows).splitlines()
