@@ -9,6 +9,7 @@ from lightning_cpna.callbacks import (
     SETRewiring,
     TicketRewind,
 )
+from lightning_cpna.certificate import Certificate, certify
 from lightning_cpna.compact import Compacted, compact, load_compact
 from lightning_cpna.cost import Cost, cost_of
 from lightning_cpna.graph import Graph
@@ -23,7 +24,7 @@ from lightning_cpna.rescale import rescale_
 from lightning_cpna.rewiring import plant_, rewire_
 from lightning_cpna.schedules import Annealing, Cubic, EpochFraction, Geometric, Linear, OneShot, Schedule
 from lightning_cpna.scores import Score, ScoreInputs
-from lightning_cpna.search import Certificate, Found, Tries, find_features
+from lightning_cpna.search import Found, Restarts, find_features
 from lightning_cpna.selection import keep_top
 from lightning_cpna.snapshot import Rewind, Snapshot, restore_masks_, rewind_, take_snapshot
 from lightning_cpna.sparse import SparseLinear
@@ -62,6 +63,7 @@ __all__ = [
     "Masks",
     "NeuronPruning",
     "OneShot",
+    "Restarts",
     "Rewind",
     "Round",
     "RoundReport",
@@ -75,12 +77,12 @@ __all__ = [
     "SparsityReport",
     "Target",
     "TicketRewind",
-    "Tries",
     "UnitActivity",
     "UnitInputs",
     "UnitReport",
     "UnitScore",
     "Watch",
+    "certify",
     "compact",
     "connectivity",
     "cost_of",

@@ -17,7 +17,7 @@ def member_loader(
     """Return a loader of batches for a stack: each member takes the examples in an order of its own.
 
     The order depends on the member's seed and the epoch alone, so that a member sees what it would see alone, and a resumed
-    run what it would have seen.
+    run what it would have seen. A Trainer says which epoch it is; in a loop of your own, ``loader.sampler.set_epoch`` does.
 
     Args:
         tensors: Inputs and labels, say, with a leading axis of members, ``(member, n, ...)``; where all read the same,
@@ -84,5 +84,6 @@ class _Orders(Sampler[Any]):
 
 
 def mixed_seed(*numbers: int) -> int:
-    """Mix numbers into one seed."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    """Mix numbers (0 or more), of which there may be several, into one seed."""
+    high, low = np.random.SeedSequence((len(numbers), *numbers)).generate_state(2).tolist()
+    return int(high) << 32 | int(low)

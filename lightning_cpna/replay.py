@@ -94,8 +94,11 @@ def float64_copy(module: nn.Module) -> Iterator[nn.Module]:
     if any(parameter.device.type == "mps" for parameter in twin.parameters()):
         twin = twin.cpu()
     with torch.no_grad(), torch.random.fork_rng(_cuda_devices()), _Float64():
+        for name, part in twin.named_modules():
+            if isinstance(part, Stacked) and name:
+                raise ValueError(f"{name!r} is a stack inside another module; allowed is a stack of the whole")
         if isinstance(twin, Stacked):
-            twin.reduce_()
+            twin.keep_first_()
         yield twin.double()
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import logging
 import math
-import statistics
+import operator
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from lightning_cpna._lightning import Callback, LightningModule, Trainer
 from lightning_cpna.callbacks import CPNAPruning
+from lightning_cpna.certificate import Certificate, certify
 from lightning_cpna.compact import compact
 from lightning_cpna.layers import evaluating
 from lightning_cpna.mask import Mask
@@ -33,31 +33,32 @@ from lightning_cpna.stacked import member, stack
 from lightning_cpna.sweeps import Backend, Row, n_workers, sweep
 from lightning_cpna.tracing import trace
 
-MAX_ROWS = 1024  # chosen: examples at a time, of all members, when losses are measured
+MAX_CELLS = 40_000  # chosen: held-out examples times labels, at most; a file of eight tries then has some megabytes
 SUBSETS = (1.0, 0.75, 0.5, 0.35)  # the fractions of the features that are drawn in turn if nothing is said
-FURTHER = 6  # each further count has this fraction of the epochs of the first: one sixth
+FURTHER = 6  # each further count takes a sixth of the epochs of the first
+_SUBSET, _WEIGHTS, _ORDER, _REFIT, _HELD_OUT, _PERMUTATIONS = range(6)  # what a seed is for
 
 
 @dataclass(frozen=True)
-class Tries:
+class Restarts:
     """How features are searched.
 
     Attributes:
         n: How many tries there are at most.
         subset: How many features a try draws; several are used in turn. None: all, .75, .5 and .35 of them.
         together: How many tries are trained as one stack.
-        null: How many tries on permuted labels the others are judged by, for each size of subset.
+        held_out: The fraction of the examples that no try is trained on: the certificate is theirs.
         pretraining: Epochs before the features are annealed.
         annealing: Epochs in which they are; a sixth as many for each further count.
-        refit: Epochs for which a network is trained on the features found.
+        refit: Epochs for which a network is trained on the features found, with all examples.
         batch_size: Examples a step.
-        level: How probable it may be that a search without anything to find ends with a certificate.
+        level: How probable it may be that a search ends with a certificate if no label depends on any feature.
     """
 
     n: int = 200
     subset: int | Sequence[int] | None = None
     together: int = 8
-    null: int = 16
+    held_out: float = 0.2
     pretraining: int = 20
     annealing: int = 60
     refit: int = 30
@@ -68,37 +69,14 @@ class Tries:
         for name in ("n", "together", "pretraining", "annealing", "refit", "batch_size"):
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}; allowed is an int >= 1")
-        if type(self.null) is not int or self.null < 4:
-            raise ValueError(f"null is {self.null!r}; allowed is an int >= 4, as their spread must be known")
-        if not 0 < self.level < 1:
-            raise ValueError(f"level is {self.level}; allowed is a float in (0, 1)")
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """Whether a try's training loss can be chance.
-
-    Attributes:
-        loss: The loss.
-        limit: What it must be below.
-        null_loss: The mean of the losses on permuted labels, for subsets and counts of the same sizes.
-        null_spread: Their standard deviation.
-    """
-
-    loss: float
-    limit: float
-    null_loss: float
-    null_spread: float
+        for name in ("held_out", "level"):
+            if not 0 < (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {value!r}; allowed is a float in (0, 1)")
 
     @property
-    def holds(self) -> bool:
-        """Whether it cannot."""
-        return self.loss < self.limit
-
-    @property
-    def margin(self) -> float:
-        """By how many standard deviations of the losses on permuted labels the loss is below their mean."""
-        return (self.null_loss - self.loss) / self.null_spread if self.null_spread else 0.0
+    def n_stacks(self) -> int:
+        """How many stacks the tries are at most."""
+        return math.ceil(self.n / self.together)
 
 
 @dataclass(frozen=True)
@@ -107,24 +85,25 @@ class Found:
 
     Attributes:
         features: The columns of ``x``, ascending.
-        certificate: Whether they can be a chance find.
-        tries: How many tries there were.
-        network: A network trained on these features alone: call it with ``x[:, features]``.
-        rows: Every try and count: ``chunk``, ``subset``, ``place``, ``is_null``, ``count``, ``loss``, ``features``.
+        certificate: Whether their loss on the held-out examples can be chance.
+        n_tries: How many tries there were.
+        network: A network trained on these features alone, in eval mode: call it with ``x[:, features]``.
+        rows: Every try and count: ``stack``, ``place``, ``subset``, ``count``, ``features`` and its held-out ``loss``.
     """
 
     features: tuple[int, ...]
     certificate: Certificate
-    tries: int
+    n_tries: int
     network: LightningModule
     rows: list[Row]
 
     def __str__(self) -> str:
         it = self.certificate
-        verdict = "certified" if it.holds else "NOT certified: no loss is below what permuted labels may give"
+        verdict = "labels depend on them" if it.holds else "NOT certified, it can be chance"
         return (
-            f"{len(self.features)} features after {self.tries} tries, {verdict}: {list(self.features)}\n"
-            f"training loss {it.loss:.4g}, limit {it.limit:.4g}; permuted labels {it.null_loss:.4g} +- {it.null_spread:.2g}"
+            f"{len(self.features)} features after {self.n_tries} tries: {list(self.features)}\n"
+            f"held-out loss {it.loss:.4g}, by chance {it.chance_loss:.4g} +- {it.chance_spread:.2g}; "
+            f"p = {it.p_value:.2g}, level {it.level:.2g}: {verdict}"
         )
 
 
@@ -135,7 +114,7 @@ def find_features(
     y: Tensor,
     n_features: int | Sequence[int],
     *,
-    tries: Tries | None = None,
+    restarts: Restarts | None = None,
     seed: int = 0,
     folder: str | Path | None = None,
     n_jobs: int = 1,
@@ -148,29 +127,29 @@ def find_features(
     columns, down to the number that is wanted. Where labels depend on features only together (XOR), most tries fail; one
     that draws them all, and is lucky, learns. Tries are trained side by side, as a stack.
 
-    The search ends at a certificate: a try whose training loss is lower than it could be if the labels had nothing to do with
-    the features. What could be is known from tries on permuted labels, with subsets and counts of the same sizes: the limit
-    is the lower prediction limit for one more normal variable (Student's t), at the level divided by the number of tries and
-    counts that the search may come to. Where networks fit permuted labels as well (few examples, many features), nothing is
-    certified, and the features are no more than a guess.
+    After each stack the lowest loss of all tries so far, on examples that none of them was trained on, is compared with what
+    it is if the labels of these are permuted. The search ends when that cannot be chance, which is the certificate. Its
+    level, divided by the number of times that this is asked, is exact for any network and any number of tries (``certify``).
+    It says that labels depend on what was found, not that every one of the features is needed.
 
     Args:
         network: From a number of features to a network, whose ``training_step`` takes batches ``(x, y)`` and returns their
             mean loss; `stack` says what it may do.
-        trainer: ``Trainer``, or a function that takes its arguments: ``partial(Trainer, accelerator="gpu")``.
-        x: The examples, ``(n, p)``.
+        trainer: ``Trainer``, or a function that takes its arguments, as ``partial(Trainer, accelerator="gpu")`` does; its
+            epochs, callbacks, logger and checkpoints are those of the search.
+        x: The examples, float32 or float64 ``(n, p)``.
         y: Their labels, ``(n, ...)``.
-        n_features: How many features are wanted. Several: the number for which the margin is largest.
-        tries: How many there are, and how long they train; None: as ``Tries()`` says.
-        seed: Of subsets, permutations, initial weights and batches.
-        folder: Where finished tries are kept, so that a search that was killed goes on; None: nowhere. A search with other
-            data or arguments finds nothing of its own there; one with another network must have another folder.
+        n_features: How many features are wanted. Several: the number with the lowest held-out loss.
+        restarts: How many tries there are, and how long they train; None: as ``Restarts()`` says.
+        seed: Of everything that is random.
+        folder: Where finished tries are kept, so that a search that was killed goes on; None: nowhere. A search for other
+            features of other data finds nothing of its own there; with another network or trainer, take another folder.
         n_jobs: How many stacks are trained at a time, as in ``sweep``; what is found does not depend on it.
         backend: As in ``sweep``.
         console: Where the progress bar is drawn, as in ``sweep``.
 
     Returns:
-        What the first certified stack found; if there is none, what had the largest margin.
+        The features with the lowest loss on the held-out examples.
 
     Raises:
         ValueError: If an argument is out of range, or it cannot be told which layer of the network reads the features.
@@ -179,37 +158,51 @@ def find_features(
         The annealing of features: Barbu, She, Ding, Gramajo: Feature Selection with Annealing for Computer Vision and Big
         Data Learning, Algorithm 1.
     """
-    if importlib.util.find_spec("scipy") is None:
-        raise ImportError("searches need SciPy and joblib: pip install 'lightning-cpna[search]'")
-    tries = tries or Tries()
-    counts = tuple(sorted({n_features} if isinstance(n_features, int) else set(n_features), reverse=True))
-    _check(x, y, counts)
-    subsets = _subsets(tries.subset, x.shape[1], counts)
-    weight, can_drop = _first_weight(network(subsets[0]), x[:4, : subsets[0]])
-    search = _Search(network, trainer, x, y, weight, can_drop, counts, tries, seed)
-    chance = tries.level / (tries.n * len(counts))
+    restarts = restarts or Restarts()
+    x, y = x.detach().cpu(), y.detach().cpu()
+    counts = _counts(n_features)
+    _check(x, y, counts, seed)
+    subsets = _subsets(restarts.subset, x.shape[1], counts[0])
+    weight, can_drop = _first_weight(_seeded(0, partial(network, subsets[0])), x[:4, : subsets[0]])
+    search = _Search(network, trainer, x, y, weight, can_drop, counts, restarts, seed)
+    settings = search.stacks(subsets)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
-        for settings in _rounds(search.chunks(subsets), n_workers(n_jobs, backend)):
-            done = (settings[-1]["chunk"] + 1) * tries.together
+        for some in _rounds(settings, n_workers(n_jobs, backend)):
             found = sweep(
-                partial(_chunk_of_tries, search),
-                settings,
+                partial(_run_stack, search),
+                some,
                 folder or temporary,
                 n_jobs=n_jobs,
                 backend=backend,
-                title=f"tries until {min(done, tries.n)} of {tries.n}",
+                title=f"tries until {min((some[-1]['stack'] + 1) * restarts.together, restarts.n)} of {restarts.n}",
                 console=console,
             )
-            for setting in settings:
-                rows += [row for row in found if row["chunk"] == setting["chunk"]]
-                best, certificate = _best(rows, chance)
+            for setting in some:
+                rows += [row for row in found if row["stack"] == setting["stack"]]
+                certificate = search.certify(rows)
                 if certificate.holds:
                     break
             if certificate.holds:
                 break
-    n_tries = len({(row["chunk"], row["place"]) for row in rows if not row["is_null"]})
-    return Found(tuple(best["features"]), certificate, n_tries, search.refit(best["features"]), rows)
+    best = min(rows, key=lambda row: row["loss"] if math.isfinite(row["loss"]) else math.inf)
+    keys = ("stack", "place", "subset", "count", "features", "loss")
+    return Found(
+        tuple(best["features"]),
+        certificate,
+        len({(row["stack"], row["place"]) for row in rows}),
+        search.refit(best["features"]),
+        [{key: row[key] for key in keys} for row in rows],
+    )
+
+
+class _Parts(NamedTuple):
+    """Which examples, int64, tries are trained on and which are held out; the labels that these have, and which each has."""
+
+    fitted: Tensor
+    held: Tensor
+    labels: Tensor
+    which: Tensor
 
 
 @dataclass(frozen=True)
@@ -223,73 +216,99 @@ class _Search:
     weight: str
     can_drop: bool
     counts: tuple[int, ...]
-    tries: Tries
+    restarts: Restarts
     seed: int
 
-    def chunks(self, subsets: Sequence[int]) -> list[dict[str, Any]]:
-        """Divide the tries into stacks; the first of each size of subset has those on permuted labels, too."""
-        data = hashlib.sha256()
+    def stacks(self, subsets: Sequence[int]) -> list[dict[str, Any]]:
+        """Divide the tries into stacks; the setting of each tells searches apart."""
+        digest = hashlib.sha256()
         for tensor in (self.x, self.y):
-            data.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        recipe = {key: value for key, value in vars(self.tries).items() if key not in ("n", "refit", "level", "subset")}
-        shared = {"data": data.hexdigest(), "counts": list(self.counts), "seed": self.seed, **recipe}
-        firsts = range(0, self.tries.n, self.tries.together)
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
+        plan = {key: getattr(self.restarts, key) for key in ("pretraining", "annealing", "batch_size", "held_out")}
+        shared = {"data": digest.hexdigest(), "counts": list(self.counts), "seed": self.seed, **plan}
+        together, n = self.restarts.together, self.restarts.n
         return [
             {
                 **shared,
-                "chunk": chunk,
-                "subset": subsets[chunk % len(subsets)],
-                "n_tries": min(self.tries.together, self.tries.n - first),
-                "n_null": self.tries.null if chunk < len(subsets) else 0,
+                "stack": i,
+                "subset": subsets[i % len(subsets)],
+                "n_tries": min(together, n - i * together),
             }
-            for chunk, first in enumerate(firsts)
+            for i in range(self.restarts.n_stacks)
         ]
 
-    def run(self, chunk: int, subset: int, n_tries: int, n_null: int) -> list[Row]:
+    def parts(self) -> _Parts:
+        """Draw what tries are trained on, and what is held out."""
+        n, n_labels = len(self.y), len(torch.unique(self.y, dim=0))
+        order = torch.randperm(n, generator=self._generator(_HELD_OUT))
+        n_held = max(2, round(self.restarts.held_out * n))
+        held = order[:n_held][: MAX_CELLS // min(n_labels, math.isqrt(MAX_CELLS))]
+        return _Parts(order[n_held:], held, *torch.unique(self.y[held], dim=0, return_inverse=True))
+
+    def _generator(self, *purpose: int) -> torch.Generator:
+        return torch.Generator().manual_seed(mixed_seed(self.seed, *purpose))
+
+    def certify(self, rows: list[Row]) -> Certificate:
+        """Ask, as often as there are stacks, whether the lowest held-out loss can be chance."""
+        losses = torch.tensor([row["losses"] for row in rows], dtype=torch.float64)
+        level = self.restarts.level / self.restarts.n_stacks
+        return certify(losses, self.parts().which, level, self._generator(_PERMUTATIONS, rows[-1]["stack"]))
+
+    def run(self, number: int, subset: int, n_tries: int) -> list[Row]:
         """Train a stack of tries."""
-        tries, (n, p) = self.tries, self.x.shape
-        seeds = [mixed_seed(self.seed, chunk, place) for place in range(n_tries + n_null)]
-        columns, x, y = [], [], []
-        for place, seed in enumerate(seeds):
-            generator = torch.Generator().manual_seed(seed)
-            columns.append(torch.randperm(p, generator=generator)[:subset].sort().values)
-            x.append(self.x[:, columns[-1]])
-            y.append(self.y[torch.randperm(n, generator=generator)] if place >= n_tries else self.y)
-        data = [torch.stack(x), torch.stack(y)]  # (member, n, subset), (member, n, ...)
-        stacked = stack([_seeded(seed, partial(self.network, subset)) for seed in seeds], seeds)
-        loader = member_loader(data, batch_size=min(tries.batch_size, n), seeds=seeds)
-        ends = [tries.pretraining + tries.annealing + tries.annealing // FURTHER * i for i in range(len(self.counts))]
-        measure = _Features(self.weight, torch.stack(columns), data, ends, self.can_drop)
-        n_steps = len(loader)
+        restarts, p = self.restarts, self.x.shape[1]
+        purposes = [[mixed_seed(self.seed, number, place, it) for place in range(n_tries)] for it in range(3)]
+        columns = torch.stack(
+            [
+                torch.randperm(p, generator=torch.Generator().manual_seed(seed))[:subset].sort().values
+                for seed in purposes[_SUBSET]
+            ]
+        )  # (member, subset)
+        fitted, held, labels, which = self.parts()
+        stacked = stack([_seeded(seed, partial(self.network, subset)) for seed in purposes[_WEIGHTS]], purposes[_ORDER])
+        loader = member_loader(
+            [self._columns(fitted, columns), self.y[fitted].expand(n_tries, *self.y[fitted].shape)],
+            batch_size=min(restarts.batch_size, len(fitted)),
+            seeds=purposes[_ORDER],
+        )
+        further = max(2, restarts.annealing // FURTHER)
+        ends = [restarts.pretraining + restarts.annealing + further * i for i in range(len(self.counts))]
+        total = ends[-1]
         schedules = [
-            Geometric(tries.pretraining * n_steps, ends[0] * n_steps),
-            *(OneShot(end * n_steps + 1, end * n_steps + 1) for end in ends[:-1]),
+            Geometric(restarts.pretraining / total, ends[0] / total),
+            *(OneShot((end + 1) / total) for end in ends[:-1]),
         ]
         pruning = [
             CPNAPruning({self.weight: count}, granularity="feature", schedule=schedule, name=f"features_{count}")
             for count, schedule in zip(self.counts, schedules, strict=True)
         ]
-        self._fit(stacked, loader, ends[-1], [*pruning, measure])
+        measure = _Features(self.weight, columns, self._columns(held, columns), labels, self.can_drop)
+        measure.counts = dict(zip(ends, self.counts, strict=True))
+        self._fit(stacked, loader, total, [*pruning, measure])
         return [
             {
                 "place": place,
-                "is_null": place >= n_tries,
                 "count": count,
-                "loss": float(losses[place]),
                 "features": features[place].tolist(),
+                "loss": float(losses[place].gather(1, which[:, None]).mean()),
+                "losses": [[float(f"{loss:.7g}") for loss in example] for example in losses[place].tolist()],
             }
-            for place in range(len(seeds))
-            for count, (features, losses) in zip(self.counts, measure.found, strict=True)
+            for place in range(n_tries)
+            for count, (features, losses) in measure.found.items()
         ]
+
+    def _columns(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Take each member's columns of some rows, ``(member, row, column)``."""
+        return torch.stack([self.x[rows][:, own] for own in columns])
 
     def refit(self, features: list[int]) -> LightningModule:
         """Train a network on some features alone."""
-        seed = mixed_seed(self.seed)
+        seed = mixed_seed(self.seed, _REFIT)
         stacked = stack([_seeded(seed, partial(self.network, len(features)))], [seed])
         data = [self.x[None, :, features], self.y[None]]
-        loader = member_loader(data, batch_size=min(self.tries.batch_size, len(self.y)), seeds=[seed])
-        self._fit(stacked, loader, self.tries.refit, [])
-        return member(stacked, 0)
+        loader = member_loader(data, batch_size=min(self.restarts.batch_size, len(self.y)), seeds=[seed])
+        self._fit(stacked, loader, self.restarts.refit, [])
+        return member(stacked, 0).eval()
 
     def _fit(self, module: LightningModule, loader: Iterable[Any], epochs: int, callbacks: list[Callback]) -> None:
         with _quiet():
@@ -303,28 +322,35 @@ class _Search:
                 enable_model_summary=False,
             )
             trainer.fit(module, loader)
-        module.to(self.x.device)
+        if trainer.current_epoch < epochs:
+            raise ValueError(
+                f"trainer: it ended after {trainer.current_epoch} epochs; allowed is one that trains {epochs}"
+            )
+        module.to("cpu")
 
 
 class _Features(Callback):
-    """Notes, after some epochs, which features the members have left, and their losses on all examples.
+    """Notes, when counts are reached, which features the members have left, and their losses on the held-out examples.
 
     As features die, they are dropped from the weight and from the examples, where the network allows that.
 
     Args:
         weight: Which parameter reads the features.
         columns: Which features each member reads, int64 ``(member, feature)``.
-        data: The loader's examples, ``(member, n, feature)``, and labels.
-        epochs: After how many epochs it is noted.
+        held: The held-out examples, ``(member, example, feature)``.
+        labels: The labels that an example can have, ``(label, ...)``.
         can_drop: Whether the network can do with fewer features.
 
     Attributes:
-        found: What was noted: the features, int64 ``(member, count)``, and the losses, ``(member,)``.
+        counts: How many features are left after some epochs.
+        found: By count: the features, int64 ``(member, count)``, and the losses, ``(member, example, label)``.
     """
 
-    def __init__(self, weight: str, columns: Tensor, data: list[Tensor], epochs: Sequence[int], can_drop: bool) -> None:
-        self.weight, self.columns, self.data, self.epochs, self.can_drop = weight, columns, data, epochs, can_drop
-        self.found: list[tuple[Tensor, Tensor]] = []
+    counts: dict[int, int]
+
+    def __init__(self, weight: str, columns: Tensor, held: Tensor, labels: Tensor, can_drop: bool) -> None:
+        self.weight, self.columns, self.held, self.labels, self.can_drop = weight, columns, held, labels, can_drop
+        self.found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _live(self, module: LightningModule) -> Tensor:
         """Return the places of the features that are left, int64 ``(member, n)``."""
@@ -340,35 +366,53 @@ class _Features(Callback):
             return
         sparsity = sparsity_of(pl_module)
         parameter, mask = sparsity.tensors[self.weight], sparsity.masks[self.weight]
-        along = live.to(parameter.device)[:, None, :].expand(-1, parameter.shape[1], -1)
 
         def cut(tensor: Tensor) -> Tensor:
-            return tensor.gather(2, along)  # (member, unit, feature)
+            """Keep what is left of ``(member, other, feature)``."""
+            return tensor.gather(2, live.to(tensor.device)[:, None, :].expand(-1, tensor.shape[1], -1))
 
         replace_(parameter, cut, trainer.optimizers)
         sparsity.masks.replace({self.weight: Mask(cut(mask.dead), cut(mask.removed))})
         assert sparsity.graph is not None
         sparsity.graph = sparsity.graph.cut({}, {self.weight: torch.arange(live.shape[1])})
-        self.columns = self.columns.gather(1, live)
-        self.data[0] = self.data[0].gather(2, live[:, None, :].expand(-1, self.data[0].shape[1], -1))
+        self.columns, self.held = self.columns.gather(1, live), cut(self.held)
+        tensors = trainer.train_dataloader.dataset.tensors  # type: ignore[union-attr]
+        tensors[0] = cut(tensors[0])
 
     @torch.no_grad()
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure, if it is time."""
-        if trainer.current_epoch + 1 not in self.epochs:
+        """Measure, if a count should be reached."""
+        if (count := self.counts.get(trainer.current_epoch + 1)) is None:
             return
-        n = self.data[0].shape[1]
-        total = torch.zeros(len(self.columns))
-        with evaluating(pl_module):
-            for rows in torch.split(torch.arange(n), MAX_ROWS):
-                batch = tuple(part[:, rows].to(pl_module.device) for part in self.data)
-                total += len(rows) * pl_module(batch, 0, method="training_step").cpu()
-        self.found.append((self.columns.gather(1, self._live(pl_module)), total / n))
+        live = self._live(pl_module)
+        if live.shape[1] != count:
+            raise ValueError(
+                f"trainer: after {trainer.current_epoch + 1} epochs {live.shape[1]} features are left where {count} should "
+                "be; allowed is one that makes as many optimizer steps as it estimates"
+            )
+        self.found[count] = (self.columns.gather(1, live), self._losses(trainer, pl_module))
+
+    def _losses(self, trainer: Trainer, module: LightningModule) -> Tensor:
+        """Return the loss of each held-out example with each label, ``(member, example, label)``."""
+        x = self.held[:, :, None].to(module.device)  # (member, example, batch of one, feature)
+        plugin: Any = trainer.precision_plugin
+        losses_of: Callable[..., Tensor] = module.member_losses  # type: ignore[assignment]
+
+        def of_examples(y: Tensor) -> Tensor:
+            labels = y.to(module.device).expand(len(x), 1, *y.shape)  # (member, batch of one, ...)
+            batch = plugin.convert_input((x, labels))
+            losses: Tensor = torch.vmap(
+                lambda own: losses_of((own, batch[1]), 0), in_dims=1, out_dims=1, chunk_size=256
+            )(batch[0])
+            return losses.cpu()
+
+        with evaluating(module), plugin.forward_context():
+            return torch.stack([of_examples(y) for y in self.labels], dim=2)
 
 
-def _chunk_of_tries(search: _Search, *, chunk: int, subset: int, n_tries: int, n_null: int, **_: Any) -> list[Row]:
+def _run_stack(search: _Search, *, stack: int, subset: int, n_tries: int, **_: Any) -> list[Row]:
     """Run one stack of a search; the rest of the setting says of which search."""
-    return search.run(chunk, subset, n_tries, n_null)
+    return search.run(stack, subset, n_tries)
 
 
 def _rounds(settings: list[dict[str, Any]], n: int) -> Iterator[list[dict[str, Any]]]:
@@ -376,43 +420,33 @@ def _rounds(settings: list[dict[str, Any]], n: int) -> Iterator[list[dict[str, A
         yield settings[start : start + n]
 
 
-def _best(rows: list[Row], chance: float) -> tuple[Row, Certificate]:
-    """Return the try with the largest margin, of those whose certificates hold if there are any."""
-    null: dict[tuple[int, int], list[float]] = {}
-    for row in rows:
-        if row["is_null"]:
-            null.setdefault((row["subset"], row["count"]), []).append(row["loss"])
-    judged = [
-        (row, _certificate(row["loss"], null[row["subset"], row["count"]], chance))
-        for row in rows
-        if not row["is_null"]
-    ]
-    return max(judged, key=lambda pair: (pair[1].holds, pair[1].margin))
+def _counts(n_features: int | Sequence[int]) -> tuple[int, ...]:
+    several = n_features if isinstance(n_features, Iterable) else [n_features]
+    counts = {operator.index(count) for count in several if hasattr(count, "__index__")}
+    if not counts or not all(hasattr(count, "__index__") for count in several):
+        raise ValueError(f"n_features is {n_features!r}; allowed is an int, or several")
+    return tuple(sorted(counts, reverse=True))
 
 
-def _certificate(loss: float, null: list[float], chance: float) -> Certificate:
-    mean, spread = statistics.fmean(null), statistics.stdev(null)
-    from scipy.stats import t as student
-
-    below = float(student.isf(chance, len(null) - 1)) * spread * math.sqrt(1 + 1 / len(null))
-    return Certificate(loss, mean - below, mean, spread)
-
-
-def _check(x: Tensor, y: Tensor, counts: Sequence[int]) -> None:
-    if x.ndim != 2 or not x.is_floating_point():
-        raise ValueError(f"x has shape {tuple(x.shape)} and type {x.dtype}; allowed are floats, (n, p)")
+def _check(x: Tensor, y: Tensor, counts: Sequence[int], seed: int) -> None:
+    if x.ndim != 2 or x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"x has shape {tuple(x.shape)} and type {x.dtype}; allowed are float32 or float64, (n, p)")
     if y.ndim < 1 or len(y) != len(x):
         raise ValueError(f"y has shape {tuple(y.shape)}; allowed is one label for each of the {len(x)} rows of x")
-    if not counts or not all(1 <= count < x.shape[1] for count in counts):
+    if len(x) < 4:
+        raise ValueError(f"x has {len(x)} rows; allowed is 4 or more, of which some are held out")
+    if not all(1 <= count < x.shape[1] for count in counts):
         raise ValueError(f"n_features is {list(counts)}; allowed are 1 to {x.shape[1] - 1}, fewer than x has columns")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; allowed is an int >= 0")
 
 
-def _subsets(subset: int | Sequence[int] | None, p: int, counts: Sequence[int]) -> list[int]:
+def _subsets(subset: int | Sequence[int] | None, p: int, most: int) -> list[int]:
     if subset is None:
-        return sorted({max(counts[0] + 1, round(fraction * p)) for fraction in SUBSETS}, reverse=True)
+        return sorted({max(most + 1, round(fraction * p)) for fraction in SUBSETS}, reverse=True)
     sizes = [subset] if isinstance(subset, int) else list(subset)
-    if not sizes or not all(counts[0] < size <= p for size in sizes):
-        raise ValueError(f"subset is {subset}; allowed is more than the {counts[0]} features wanted, up to {p}")
+    if not sizes or not all(most < size <= p for size in sizes):
+        raise ValueError(f"subset is {subset}; allowed is more than the {most} features wanted, up to {p}")
     return sizes
 
 
@@ -424,8 +458,7 @@ def _first_weight(network: LightningModule, x: Tensor) -> tuple[str, bool]:
         raise ValueError(
             f"network: {', '.join(first) or 'no traced layer'} read the features; allowed is one Linear layer that does"
         )
-    half = network.get_parameter(first[0]).detach()
-    half[:, ::2] = 0
+    network.get_parameter(first[0]).detach()[:, ::2] = 0
     return first[0], compact(network, x, batch_sizes=()).features is not None
 
 
@@ -446,9 +479,8 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-            warnings.filterwarnings("ignore", message="You defined a `validation_step`")
+            for message in (".*does not have many workers", ".*LeafSpec", "You defined a `validation_step`"):
+                warnings.filterwarnings("ignore", message=message)
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -35,15 +36,17 @@ def stack(members: Sequence[M], seeds: Sequence[int] | None = None) -> M:
     for itself; a count is that of every member.
 
     All members run at once (``torch.vmap``): their ``forward`` and ``training_step`` must be made of tensor operations.
-    Dropout draws from a generator of each member. Random operations besides dropout, metrics that keep a state, gradient
-    clipping by norm, optimizers that mix the entries of a tensor, and manual optimisation are refused.
+    Dropout draws from a generator of each member; a random score draws for all members from one. What
+    ``configure_optimizers`` decides by the shapes of parameters, it decides by those of the stack. Random operations besides dropout, metrics that keep a state, gradient clipping by norm,
+    optimizers that mix the entries of a tensor, float16 with a gradient scaler, several processes, and manual optimisation
+    are refused.
 
     Args:
-        members: Modules of one class with parameters and buffers of the same names and shapes. They are left as they are.
+        members: Modules of one class, alike but for the values of their parameters and buffers. They are left as they are.
         seeds: Of the generator of each member, for dropout; None: its place.
 
     Returns:
-        The stack; ``member(stack, i)`` takes one out of it.
+        The stack; ``member(stacked, i)`` takes one out of it.
 
     Raises:
         ValueError: If there is no member, or one is not like the first.
@@ -66,8 +69,7 @@ def stack(members: Sequence[M], seeds: Sequence[int] | None = None) -> M:
         _check(one, members[0], place)
     stacked: Any = copy.deepcopy(members[0])
     stacked.__class__ = _stacked_class(type(members[0]))  # type: ignore[arg-type]
-    stacked.n_members = len(members)
-    stacked._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    stacked._stack = _Members(len(members), [torch.Generator().manual_seed(seed) for seed in seeds])
     _change_tensors_(stacked, lambda name: torch.stack([_tensor(one, name).detach() for one in members]), _with_members)
     return stacked  # type: ignore[no-any-return]
 
@@ -93,13 +95,28 @@ def member(stacked: M, place: int) -> M:
     """
     if not isinstance(stacked, Stacked):
         raise TypeError(f"stacked is a {type(stacked).__name__}; allowed is what stack() returned")
-    if not 0 <= place < stacked.n_members:
-        raise IndexError(f"place is {place}; allowed is 0 to {stacked.n_members - 1}")
+    if not 0 <= place < stacked._stack.n:
+        raise IndexError(f"place is {place}; allowed is 0 to {stacked._stack.n - 1}")
     one: Any = copy.deepcopy(stacked)
     one.__class__ = type(stacked).member_class
-    del one.n_members, one._generators
+    del one._stack
     _change_tensors_(one, lambda name: _tensor(stacked, name).detach()[place].clone(), _without_members)
     return one  # type: ignore[no-any-return]
+
+
+@dataclass
+class _Members:
+    """What a stack knows of its members.
+
+    Attributes:
+        n: How many there are; 0 if the tensors are those of the first alone.
+        generators: That of each.
+        logged: What they log while they run: the value, and the arguments; None while they do not.
+    """
+
+    n: int
+    generators: list[torch.Generator]
+    logged: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] | None = None
 
 
 class Stacked(nn.Module):
@@ -107,62 +124,68 @@ class Stacked(nn.Module):
 
     Attributes:
         member_class: The class of the members.
-        n_members: How many there are; 0 if the tensors are those of the first alone.
     """
 
     member_class: type[nn.Module]
-    n_members: int
-    _generators: list[torch.Generator]
-    _logged: dict[str, tuple[Any, dict[str, Any]]] | None = None  # what a member logs while it runs
+    _stack: _Members
 
-    def forward(self, *args: Any, method: str = "forward", **kwargs: Any) -> Any:
+    def forward(self, *args: Any, member_method: str = "forward", **kwargs: Any) -> Any:
         """Run every member.
 
         Args:
             *args: The members' arguments; tensors have a leading axis of members.
-            method: Which method of the members is called.
-            **kwargs: Likewise.
+            member_method: Which of the members' methods is called.
+            **kwargs: Further arguments, likewise.
 
         Returns:
             What the members return, tensors with a leading axis.
         """
-        if self._logged is not None:  # a member calls itself
+        if self._stack.logged is not None:  # a member calls itself
             return super().forward(*args, **kwargs)
-        if self.n_members == 0:
+        method = getattr(super(), member_method)
+        if self._stack.n == 0:
             args, kwargs = tree_map(lambda x: x[0] if isinstance(x, Tensor) else x, (args, kwargs))
-            with self._member_runs():
-                return getattr(super(), method)(*args, **kwargs)
+            with self._members_run():
+                return method(*args, **kwargs)
         for x in tree_leaves((args, kwargs)):
-            if isinstance(x, Tensor) and x.shape[:1] != (self.n_members,):
+            if isinstance(x, Tensor) and x.shape[:1] != (self._stack.n,):
                 raise ValueError(
-                    f"an argument has shape {tuple(x.shape)}; allowed are tensors with a leading axis of {self.n_members} "
+                    f"an argument has shape {tuple(x.shape)}; allowed are tensors with a leading axis of {self._stack.n} "
                     "members: x.expand(n_members, *x.shape) where all read the same"
                 )
-        runner = _Runner(self, getattr(super(), method))
+        runner = _Runner(self, method)
         tensors = {f"stacked.{name}": x for name, x in [*self.named_parameters(), *self.named_buffers()]}
         dims = tree_map(lambda x: 0 if isinstance(x, Tensor) else None, (args, kwargs))
-        with self._member_runs() as logged, _MemberDropout(self._generators if self.training else []):
+        with self._members_run() as logged, _MemberDropout(self._stack.generators if self.training else []):
             found, values = vmap(
                 lambda own, given: functional_call(runner, own, given), in_dims=(dict.fromkeys(tensors, 0), dims)
             )(tensors, (args, kwargs))
-        for name, value in values.items() if self.training else ():
-            self.log(name, value.mean(), **logged[name][1])
+        if self.training:
+            sizes = [x.shape[1] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim > 1]
+            for name, value in values.items():
+                _, positional, options = logged[name]
+                self.log(name, value.mean(), *positional, **{"batch_size": sizes[0] if sizes else None} | options)
         return found
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the sum of the members' losses."""
-        losses = self(*args, method="training_step", **kwargs)
-        if isinstance(losses, dict):
-            losses = losses["loss"]
-        return losses.sum()  # type: ignore[no-any-return]
-
     @contextlib.contextmanager
-    def _member_runs(self) -> Iterator[dict[str, tuple[Any, dict[str, Any]]]]:
-        self._logged = {}
+    def _members_run(self) -> Iterator[dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+        self._stack.logged = {}
         try:
-            yield self._logged
+            yield self._stack.logged
         finally:
-            self._logged = None
+            self._stack.logged = None
+
+    def member_losses(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what ``training_step`` returns for each member, ``(member,)``; the arguments are as in ``forward``."""
+        losses = self(*args, member_method="training_step", **kwargs)
+        found: Tensor = losses["loss"] if isinstance(losses, dict) else losses
+        return found
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the sum of the members' losses."""
+        if self._stack.logged is not None:  # a member calls itself
+            return super().training_step(*args, **kwargs)  # type: ignore[misc]
+        return self.member_losses(*args, **kwargs).sum()
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Log a value; of what members log, the mean.
@@ -170,33 +193,46 @@ class Stacked(nn.Module):
         Raises:
             TypeError: If a member logs anything but a number or a tensor.
         """
-        if self._logged is None:
+        if self._stack.logged is None:
             super().log(name, value, *args, **kwargs)  # type: ignore[misc]
         elif isinstance(value, int | float | Tensor):
-            self._logged[name] = (value, kwargs)
+            self._stack.logged[name] = (value, args, kwargs)
         else:
             raise TypeError(f"a member logs {name!r}, a {type(value).__name__}; allowed are numbers and tensors")
 
     def on_train_start(self) -> None:
-        """Refuse optimizers that mix members."""
-        for optimizer in self.trainer.optimizers:  # type: ignore[union-attr]
+        """Refuse what mixes members."""
+        trainer: Any = self.trainer
+        for optimizer in trainer.optimizers:
             kind = type(optimizer).__name__
             if not is_elementwise(optimizer) or kind == "Adafactor":
                 raise ValueError(
                     f"configure_optimizers returned {kind}, which may mix the members of a stack; allowed are "
                     "optimizers that update each weight by itself, as Adam, AdamW and SGD of torch.optim do"
                 )
+        why = None
+        if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
+            why = "ReduceLROnPlateau, which follows what is logged of all"
+        elif getattr(trainer.precision_plugin, "scaler", None) is not None:
+            why = "a gradient scaler, which skips the step of all if one of them overflows; precision='bf16-mixed' has none"
+        elif trainer.world_size > 1:
+            why = f"{trainer.world_size} processes, which divide the batch"
+        if why is not None:
+            raise ValueError(
+                f"a stack of members is trained with {why}; allowed is what acts on each member for itself"
+            )
         super().on_train_start()  # type: ignore[misc]
 
-    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+    def clip_gradients(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
         """Refuse to clip by norm, which would mix members."""
-        clip = {**dict(zip(("gradient_clip_val", "gradient_clip_algorithm"), args, strict=False)), **kwargs}
-        if clip.get("gradient_clip_val") and clip.get("gradient_clip_algorithm") != "value":
+        if gradient_clip_val and gradient_clip_algorithm != "value":
             raise ValueError(
-                f"gradient_clip_val is {clip['gradient_clip_val']} with gradient_clip_algorithm='norm', which would mix the "
-                "members of a stack; allowed is gradient_clip_algorithm='value', or no clipping"
+                f"gradient_clip_val is {gradient_clip_val} with gradient_clip_algorithm='norm', which would mix the members "
+                "of a stack; allowed is gradient_clip_algorithm='value', or no clipping"
             )
-        super().configure_gradient_clipping(optimizer, *args, **kwargs)  # type: ignore[misc]
+        super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)  # type: ignore[misc]
 
     def on_validation_start(self) -> None:
         """Refuse to validate: what members do then is written for one of them."""
@@ -209,23 +245,26 @@ class Stacked(nn.Module):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the states of the members' generators."""
-        checkpoint[CHECKPOINT_KEY] = [generator.get_state() for generator in self._generators]
+        checkpoint[CHECKPOINT_KEY] = [generator.get_state() for generator in self._stack.generators]
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load them."""
-        for generator, state in zip(self._generators, checkpoint[CHECKPOINT_KEY], strict=True):
+        states = checkpoint.get(CHECKPOINT_KEY, [])
+        if len(states) != self._stack.n:
+            raise ValueError(f"the checkpoint is of {len(states) or 'no'} members; allowed is one of {self._stack.n}")
+        for generator, state in zip(self._stack.generators, states, strict=True):
             generator.set_state(state)
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
 
     def __reduce__(self) -> Any:
-        """Pickle by the members' class, as that of the stack has no name; a generator by its state."""
+        """Pickle by the members' class, as that of the stack has no name."""
         return _unpickled, (self.member_class,), self.__getstate__()  # type: ignore[no-untyped-call]
 
-    def reduce_(self) -> None:
+    def keep_first_(self) -> None:
         """Keep of every tensor the first member alone, so that the stack runs as one network (to be traced, say)."""
         first = {name: _tensor(self, name).detach()[0].clone() for name in _names(self)}
-        self.n_members = 0
+        self._stack.n = 0
         _change_tensors_(self, first.__getitem__, _without_members)
 
 
@@ -247,9 +286,12 @@ class _Runner(nn.Module):
         self.stacked, self.method = stacked, method
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+        before = dict(self.stacked.named_buffers())
         out = self.method(*args, **kwargs)
-        logged = self.stacked._logged or {}
-        return out, {name: _as_float(value) for name, (value, _) in logged.items()}
+        if replaced := [name for name, buffer in self.stacked.named_buffers() if before.get(name) is not buffer]:
+            raise TypeError(f"a member replaces its buffer {replaced[0]!r}; allowed is to change it in place")
+        logged = self.stacked._stack.logged or {}
+        return out, {name: _as_float(value) for name, (value, *_) in logged.items()}
 
 
 def _as_float(value: float | Tensor) -> Tensor:
@@ -339,18 +381,33 @@ def _check(one: nn.Module, first: nn.Module, place: int) -> None:
     """Raise if a member cannot be stacked with the first."""
     if isinstance(one, Stacked):
         raise TypeError(f"members[{place}] is a stack itself; allowed are its members")
-    if type(one) is not type(first):
-        raise ValueError(
-            f"members[{place}] is a {type(one).__name__}; allowed is the class of the first, {type(first).__name__}"
-        )
     if getattr(one, "automatic_optimization", True) is False:
         raise TypeError(f"members[{place}] optimises by itself; allowed are modules with automatic_optimization")
     for name, target in all_targets(one).items():
         if isinstance(target.parameter, UninitializedParameter) or isinstance(target.axes, ListedAxes):
             what = "has no shape yet" if not isinstance(target.axes, ListedAxes) else "belongs to a SparseLinear"
             raise TypeError(f"members[{place}]: {name!r} {what}; allowed are dense weights")
-    shapes = [{name: _tensor(module, name).shape for name in _names(module)} for module in (one, first)]
-    if shapes[0] != shapes[1]:
-        name = next(n for n in [*shapes[0], *shapes[1]] if shapes[0].get(n) != shapes[1].get(n))
-        own, other = (f"{tuple(s[name])}" if name in s else "no such tensor" for s in shapes)
-        raise ValueError(f"members[{place}]: {name!r} is {own}; allowed is what the first has, {other}")
+    for parts in (_modules, _tensors):
+        own, other = parts(one), parts(first)
+        if own != other:
+            name = next(n for n in [*own, *other] if own.get(n) != other.get(n))
+            raise ValueError(
+                f"members[{place}]: {name or 'it'} is {own.get(name, 'not there')}; allowed is what the first has: "
+                f"{other.get(name, 'nothing')}"
+            )
+
+
+def _modules(module: nn.Module) -> dict[str, str]:
+    """Describe the parts of a module by name."""
+    return {
+        name: f"{type(part).__name__}({part.extra_repr()}) in {'training' if part.training else 'eval'} mode"
+        for name, part in module.named_modules()
+    }
+
+
+def _tensors(module: nn.Module) -> dict[str, str]:
+    """Describe the parameters and buffers of a module by name."""
+    return {
+        name: f"{tuple(x.shape)} {x.dtype} on {x.device}{', trained' if x.requires_grad else ''}"
+        for name, x in [*module.named_parameters(), *module.named_buffers()]
+    }

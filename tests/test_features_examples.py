@@ -17,7 +17,7 @@ from examples.readme import fill
 from examples.results import Row
 from examples.xor import frontier
 from examples.xor.recipes import callbacks
-from lightning_cpna import Tries
+from lightning_cpna import Restarts
 from lightning_cpna.sweeps import load_rows
 
 ROOT = Path(__file__).parents[1]
@@ -31,8 +31,8 @@ MODULES: dict[str, tuple[Any, str]] = {
 def test_restarts_find_the_features_and_the_tail_prunes_to_the_counts_of_table_1(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tries = Tries(8, 8, together=8, null=4, pretraining=10, annealing=20, batch_size=128)
-    monkeypatch.setitem(frontier.RESTARTS, 3, {10: tries})
+    plan = Restarts(8, 8, pretraining=10, annealing=20, batch_size=128)
+    monkeypatch.setitem(frontier.RESTARTS, 3, {10: plan})
     monkeypatch.setattr(frontier, "N", 1000)
     reached: list[float] = []
 
@@ -74,22 +74,22 @@ def test_columns_that_correlate_with_another_are_those_of_a_brute_force() -> Non
 
 def test_the_table_of_noise_from_rows_made_by_hand() -> None:
     rows = [
-        {"problem": problem, "certified": margin > 5, "margin": margin, "margin_needed": 5.0}
+        {"problem": problem, "certified": p_value < 2e-4, "p_value": p_value, "level": 2e-4}
         for problem in noise.PROBLEMS
-        for margin in (2.04, 6.0)
+        for p_value in (0.5, 1e-4)
     ]
-    assert noise.table(rows).splitlines()[2].endswith("| 2 | 16 | 4 | 1 | 6.0 | 5.0 |")
+    assert noise.table(rows).splitlines()[2].endswith("| 2 | 40 | 4 | 1 | 0.0001 | 0.0002 |")
 
 
 @pytest.mark.skipif(
     not is_here("Lung-discrete"), reason="Lung-discrete is not in the folder that LIGHTNING_CPNA_DATA names"
 )
 def test_a_search_among_shuffled_labels_is_not_certified(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = Tries(4, together=4, null=6, pretraining=2, annealing=6, refit=1, batch_size=16)
-    monkeypatch.setitem(noise.PROBLEMS, "asu", noise.PROBLEMS["asu"]._replace(tries=quick))
+    quick = Restarts(4, together=4, pretraining=2, annealing=6, refit=1, batch_size=16)
+    monkeypatch.setitem(noise.PROBLEMS, "asu", noise.PROBLEMS["asu"]._replace(plan=quick))
     row = noise.search(problem="asu", seed=1, folder=None)
     assert not row["certified"]
-    assert row["margin"] < row["margin_needed"]
+    assert row["p_value"] > row["level"]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,17 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-pytest.importorskip("scipy", reason="the extra 'search' is not installed")
-pytest.importorskip("joblib", reason="the extra 'search' is not installed")
+pytest.importorskip("joblib", reason="the extra 'sweeps' is not installed")
 
-from lightning_cpna import Found, Tries, find_features
+from lightning_cpna import Found, Restarts, find_features, member, stack
 from lightning_cpna import search as search_module
-from lightning_cpna.search import _certificate, _first_weight
+from lightning_cpna.member_batches import mixed_seed
+from lightning_cpna.search import _first_weight
+from lightning_cpna.sweeps import SweepError
 
 P, N = 12, 400
-QUICK = Tries(8, 8, together=4, null=6, pretraining=6, annealing=12, refit=4, batch_size=100)
+QUICK = Restarts(8, 8, together=4, pretraining=6, annealing=12, refit=8, batch_size=80)
+ONCE = Restarts(1, 8, together=1, pretraining=1, annealing=4, refit=1)
 TRAINER = partial(pl.Trainer, accelerator="cpu")
 
 
@@ -63,14 +66,19 @@ def search(
     x: Tensor,
     y: Tensor,
     n_features: Any = 2,
-    tries: Tries = QUICK,
+    restarts: Restarts = QUICK,
     network: Callable[[int], Any] = Net,
     trainer: Any = TRAINER,
     **options: Any,
 ) -> Found:
     return find_features(
-        network, trainer, x, y, n_features, tries=tries, console=Console(file=io.StringIO()), **options
+        network, trainer, x, y, n_features, restarts=restarts, console=Console(file=io.StringIO()), **options
     )
+
+
+def noise(seed: int = 3) -> tuple[Tensor, Tensor]:
+    x, y = xor(seed)
+    return x, y[torch.randperm(N, generator=torch.Generator().manual_seed(seed))]
 
 
 def test_the_two_features_that_matter_only_together_are_found_and_certified() -> None:
@@ -78,39 +86,74 @@ def test_the_two_features_that_matter_only_together_are_found_and_certified() ->
     found = search(x, y)
     assert found.features == (3, 7)
     assert found.certificate.holds
-    assert found.certificate.margin > 20
+    assert found.certificate.margin > 10
     assert ((found.network(x[:, [3, 7]]) > 0) == (y > 0)).float().mean() > 0.9
     assert type(found.network) is Net
-    assert "2 features" in str(found)
-    assert "certified: [3, 7]" in str(found)
+    assert not found.network.training
+    assert "tries: [3, 7]" in str(found)
+    assert "labels depend on them" in str(found)
 
 
 def test_nothing_is_certified_where_labels_are_noise() -> None:
     for seed in range(3):
-        x, _ = xor(seed)
-        found = search(x, torch.rand(N, generator=torch.Generator().manual_seed(seed)).round(), seed=seed)
+        found = search(*noise(seed), seed=seed)
         assert not found.certificate.holds
-        assert found.tries == QUICK.n
+        assert found.n_tries == QUICK.n
         assert "NOT certified" in str(found)
 
 
-def test_the_limit_is_the_prediction_limit_of_a_table_of_students_t() -> None:
-    # t at .01 with 3 degrees of freedom is 4.541; the losses have mean 2.5 and standard deviation 1.29099.
-    found = _certificate(0.0, [1.0, 2.0, 3.0, 4.0], 0.01)
-    assert found.limit == pytest.approx(2.5 - 4.541 * 1.29099 * 1.25**0.5, abs=2e-3)
-    assert found.margin == pytest.approx(2.5 / 1.29099, abs=1e-4)
+class Lucky(Net):
+    """A network of which few tries learn noise by heart, while most do not learn."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=5e-2, weight_decay=3e-2)
 
 
-def test_a_certificate_is_false_as_often_as_its_level_says() -> None:
-    generator = torch.Generator().manual_seed(1)
-    draws = torch.randn(5000, 7, generator=generator).tolist()
-    false = sum(_certificate(loss, null, 0.05).holds for loss, *null in draws)
-    assert false / len(draws) == pytest.approx(0.05, abs=0.01)  # three standard errors
+def test_nothing_is_certified_where_few_tries_learn_noise_by_heart() -> None:
+    plan = Restarts(8, 10, together=8, pretraining=20, annealing=20, refit=1, batch_size=20, level=0.01)
+    for seed in range(3):
+        x, y = noise(seed)
+        assert not search(x[:60], y[:60], 5, restarts=plan, network=Lucky, seed=seed).certificate.holds
 
 
-def test_losses_without_spread_certify_nothing() -> None:
-    assert not _certificate(0.0, [0.0] * 4, 0.01).holds
-    assert _certificate(0.0, [0.0] * 4, 0.01).margin == 0
+def test_the_held_out_loss_is_that_of_examples_which_no_try_has_seen() -> None:
+    x, y = xor()
+    lost = x.clone()
+    plan = search_module._Search(Net, TRAINER, x, y, "net.0.weight", True, (2,), QUICK, 0)
+    fitted, held, labels, which = plan.parts()
+    assert len(held) == N // 5
+    assert torch.equal(torch.cat([fitted, held]).sort().values, torch.arange(N))
+    assert torch.equal(labels[which], y[held])
+    lost[held] = torch.nan  # whoever is trained on these learns nothing
+    rows = search_module._Search(Net, TRAINER, lost, y, "net.0.weight", True, (2,), QUICK, 0).run(0, 8, 4)
+    assert [row["features"] for row in rows] == [row["features"] for row in plan.run(0, 8, 4)]
+
+
+def test_the_losses_are_those_of_the_networks_that_are_left() -> None:
+    x, y = (part.double() for part in xor())
+    plan = search_module._Search(lambda n: Net(n).double(), TRAINER, x, y, "net.0.weight", False, (2,), QUICK, 0)
+    kept: list[Any] = []
+
+    def remember(*given: Any) -> Any:
+        kept.append(stack(*given))
+        return kept[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search_module, "stack", remember)
+        rows = plan.run(0, 8, 4)
+    held = plan.parts().held
+    for place, row in enumerate(rows):
+        columns = torch.randperm(P, generator=torch.Generator().manual_seed(mixed_seed(0, 0, place, 0)))
+        net = member(kept[0], place)
+        with torch.no_grad():
+            logits = net(x[held][:, columns[:8].sort().values])
+            for label in (0.0, 1.0):
+                expected = nn.functional.binary_cross_entropy_with_logits(
+                    logits, torch.full_like(logits, label), reduction="none"
+                )
+                found = torch.tensor([example[int(label)] for example in row["losses"]], dtype=torch.float64)
+                torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+            assert row["loss"] == pytest.approx(float(nn.functional.binary_cross_entropy_with_logits(logits, y[held])))
 
 
 @pytest.mark.parametrize("trainer", [pl.Trainer, partial(pl.Trainer, accelerator="cpu")])
@@ -143,49 +186,83 @@ def test_a_network_that_reads_features_in_two_places_keeps_them_all() -> None:
     assert search(x, y, network=partial(Net, norm=True)).features == (3, 7)
 
 
-def test_of_several_counts_the_margin_decides_and_fewer_features_are_among_more() -> None:
+def test_of_several_counts_the_held_out_loss_decides_and_fewer_features_are_among_more() -> None:
     found = search(*xor(), n_features=[1, 2, 4])
     assert [row["count"] for row in found.rows[:3]] == [4, 2, 1]
     for four, two, one in zip(found.rows[::3], found.rows[1::3], found.rows[2::3], strict=True):
         assert set(four["features"]) > set(two["features"]) > set(one["features"])
         assert (len(four["features"]), len(two["features"]), len(one["features"])) == (4, 2, 1)
-    assert found.features == (3, 7)
+    assert found.features == tuple(min(found.rows, key=lambda row: row["loss"])["features"])
+    assert {3, 7} <= set(found.features)
 
 
 def test_what_is_found_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
-    x, y = xor(3)[0], torch.rand(N).round()
-    alone, together = search(x, y), search(x, y, n_jobs=2, folder=tmp_path)
+    alone, together = search(*noise()), search(*noise(), n_jobs=2, folder=tmp_path)
     assert alone.rows == together.rows
     assert alone.certificate == together.certificate
 
 
 def test_a_search_goes_on_where_it_was_killed(tmp_path: Path) -> None:
-    x, y = xor(3)[0], torch.rand(N).round()
-    straight = search(x, y, folder=tmp_path)
+    straight = search(*noise(), folder=tmp_path)
     files = sorted(tmp_path.glob("*.json"), key=lambda file: file.stat().st_mtime_ns)
-    assert len(files) == QUICK.n // QUICK.together
+    assert len(files) == QUICK.n_stacks == 2
     files[1].unlink()
     kept = files[0].stat().st_mtime_ns
-    assert search(x, y, folder=tmp_path).rows == straight.rows
+    again = search(*noise(), folder=tmp_path)
+    assert (again.rows, again.certificate) == (straight.rows, straight.certificate)
     assert files[0].stat().st_mtime_ns == kept, "what was finished is not run again"
 
 
 def test_searches_for_something_else_share_no_files(tmp_path: Path) -> None:
     x, y = xor()
-    once = Tries(1, 8, together=1, null=4, pretraining=1, annealing=2, refit=1)
     others: list[dict[str, Any]] = [
-        {}, {"seed": 1}, {"n_features": 3}, {"y": 1 - y}, {"x": -x}, {"tries": Tries(**{**vars(once), "null": 5})},
+        {}, {"seed": 1}, {"n_features": 3}, {"y": 1 - y}, {"x": -x}, {"restarts": replace(ONCE, held_out=0.3)},
     ]  # fmt: skip
     for n, other in enumerate(others):
-        search(**{"x": x, "y": y, "tries": once, "folder": tmp_path, **other})
+        search(**{"x": x, "y": y, "restarts": ONCE, "folder": tmp_path, **other})
         assert len(list(tmp_path.glob("*.json"))) == n + 1
 
 
-def test_subsets_are_used_in_turn_each_with_tries_on_permuted_labels() -> None:
-    tries = Tries(3, None, together=1, null=4, pretraining=1, annealing=2, refit=1)
-    found = search(xor()[0], torch.rand(N).round(), tries=tries)
-    assert [row["subset"] for row in found.rows if not row["is_null"]] == [12, 9, 6]
-    assert [sum(row["is_null"] for row in found.rows if row["subset"] == m) for m in (12, 9, 6)] == [4, 4, 4]
+def test_a_level_or_a_budget_that_is_changed_takes_the_tries_that_are_there(tmp_path: Path) -> None:
+    search(*noise(), restarts=ONCE, folder=tmp_path)
+    search(*noise(), restarts=replace(ONCE, level=0.002, n=2), folder=tmp_path)
+    assert len(list(tmp_path.glob("*.json"))) == 2
+
+
+def test_subsets_are_used_in_turn() -> None:
+    found = search(*noise(), restarts=replace(ONCE, n=3, subset=None))
+    assert [row["subset"] for row in found.rows] == [12, 9, 6]
+
+
+class Regression(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"loss": nn.functional.mse_loss(self(batch[0]), batch[1])}
+
+
+def test_a_product_of_two_features_is_found_by_regression() -> None:
+    x, _ = xor()
+    found = search(x, x[:, 3] * x[:, 7], network=Regression)
+    assert found.features == (3, 7)
+    assert found.certificate.holds
+
+
+@pytest.mark.parametrize(
+    "options", [{"precision": "bf16-mixed"}, {"precision": "64-true"}, {"accumulate_grad_batches": 2}]
+)
+def test_a_trainer_of_another_kind_reaches_the_counts(options: dict[str, Any]) -> None:
+    found = search(*xor(), trainer=partial(pl.Trainer, accelerator="cpu", **options))
+    assert all(len(row["features"]) == 2 for row in found.rows)
+    assert found.features == (3, 7)
+
+
+def test_a_try_that_diverges_is_an_error() -> None:
+    class Diverges(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            first = dict(self.named_parameters())["net.0.bias"][0]
+            return super().training_step(batch, batch_idx) * torch.where(first > 0, torch.nan, 1.0)
+
+    with pytest.raises(SweepError, match=r"scores: .* are NaN; pruning would be arbitrary"):
+        search(*xor(), network=Diverges)
 
 
 class TwoReaders(Net):
@@ -200,17 +277,37 @@ class TwoReaders(Net):
 
 WRONG: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
     "x": (lambda x, y: search(x[0], y), r"x has shape \(12,\)"),
-    "integers": (lambda x, y: search(x.long(), y), r"x has shape .* torch.int64; allowed are floats"),
+    "integers": (lambda x, y: search(x.long(), y), r"x has shape .* torch.int64; allowed are float32 or float64"),
     "y": (lambda x, y: search(x, y[:5]), r"y has shape \(5,\); allowed is one label for each of the 400 rows"),
+    "few rows": (lambda x, y: search(x[:3], y[:3]), "x has 3 rows; allowed is 4 or more"),
     "all features": (lambda x, y: search(x, y, 12), r"n_features is \[12\]; allowed are 1 to 11"),
     "no feature": (lambda x, y: search(x, y, []), r"n_features is \[\]"),
-    "a large subset": (lambda x, y: search(x, y, tries=Tries(subset=13)), "subset is 13; allowed is more than the 2"),
-    "a small subset": (lambda x, y: search(x, y, tries=Tries(subset=[8, 2])), r"subset is \[8, 2\]"),
+    "a fraction": (lambda x, y: search(x, y, 0.5), r"n_features is 0.5; allowed is an int, or several"),
+    "seed": (lambda x, y: search(x, y, seed=-1), "seed is -1; allowed is an int >= 0"),
+    "a large subset": (
+        lambda x, y: search(x, y, restarts=Restarts(subset=13)),
+        "subset is 13; allowed is more than the 2",
+    ),
+    "a small subset": (lambda x, y: search(x, y, restarts=Restarts(subset=[8, 2])), r"subset is \[8, 2\]"),
     "two readers": (lambda x, y: search(x, y, network=TwoReaders), "net.0.weight, skip.weight read the features"),
-    "tries": (lambda x, y: Tries(0), "n is 0; allowed is an int >= 1"),
-    "null": (lambda x, y: Tries(null=3), "null is 3; allowed is an int >= 4"),
-    "level": (lambda x, y: Tries(level=1.0), r"level is 1.0; allowed is a float in \(0, 1\)"),
+    "tries": (lambda x, y: Restarts(0), "n is 0; allowed is an int >= 1"),
+    "held out": (lambda x, y: Restarts(held_out=1.0), r"held_out is 1.0; allowed is a float in \(0, 1\)"),
+    "level": (lambda x, y: Restarts(level=0), r"level is 0; allowed is a float in \(0, 1\)"),
 }
+
+
+def test_a_trainer_that_ends_early_is_named() -> None:
+    with pytest.raises(SweepError, match="trainer: it ended after 1 epochs; allowed is one that trains 18"):
+        search(*xor(), trainer=partial(pl.Trainer, accelerator="cpu", max_steps=4))
+
+
+def test_a_trainer_that_makes_fewer_steps_than_it_says_is_named() -> None:
+    class Skips(Net):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if batch_idx == 1 else None
+
+    with pytest.raises(SweepError, match="features are left where 2 should be"):
+        search(*xor(), network=Skips)
 
 
 @pytest.mark.parametrize("case", WRONG)

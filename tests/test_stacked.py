@@ -21,8 +21,10 @@ from lightning_cpna import (
     CPNAPruning,
     Geometric,
     NeuronPruning,
+    SETRewiring,
     SparseLinear,
     Target,
+    TicketRewind,
     compact,
     member,
     member_loader,
@@ -286,16 +288,21 @@ class Manual(Classifier):
 WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no members": (lambda: stack([]), ValueError, "members is empty"),
     "seeds": (lambda: stack(members(), seeds=[1]), ValueError, "seeds has 1 entries"),
-    "another class": (lambda: stack([nn.ReLU(), nn.Tanh()]), ValueError, r"members\[1\] is a Tanh; .* ReLU"),
-    "another shape": (
-        lambda: stack([nn.Linear(2, 3), nn.Linear(2, 4)]),
+    "another class": (lambda: stack([nn.ReLU(), nn.Tanh()]), ValueError, r"members\[1\]: it is Tanh.*has: ReLU"),
+    "another shape": (lambda: stack([nn.Linear(2, 3), nn.Linear(2, 4)]), ValueError, "out_features=4.*out_features=3"),
+    "no bias": (lambda: stack([nn.Linear(2, 3), nn.Linear(2, 3, bias=False)]), ValueError, "bias=False.*bias=True"),
+    "another part": (
+        lambda: stack([nn.Sequential(nn.ReLU()), nn.Sequential(nn.Tanh())]),
         ValueError,
-        r"'weight' is \(4, 2\); .* \(3, 2\)",
+        r"members\[1\]: 0 is Tanh",
     ),
-    "no bias": (
-        lambda: stack([nn.Linear(2, 3), nn.Linear(2, 3, bias=False)]),
+    "another rate": (lambda: stack([nn.Dropout(0.1), nn.Dropout(0.2)]), ValueError, "p=0.2.*p=0.1"),
+    "another mode": (lambda: stack([nn.ReLU(), nn.ReLU().eval()]), ValueError, "in eval mode.*in training mode"),
+    "another type": (lambda: stack([nn.Linear(2, 3), nn.Linear(2, 3).double()]), ValueError, "float64.*float32"),
+    "frozen": (
+        lambda: stack([nn.Linear(2, 3), nn.Linear(2, 3).requires_grad_(False)]),
         ValueError,
-        r"'bias' is no such tensor; .* \(3,\)",
+        "weight is .*trained",
     ),
     "sparse": (lambda: stack([SparseLinear(4, 4, 2.0)]), TypeError, "'weight' belongs to a SparseLinear"),
     "lazy": (lambda: stack([nn.LazyLinear(4)]), TypeError, "'weight' has no shape yet"),
@@ -330,6 +337,25 @@ def test_what_cannot_be_stacked_is_named(case: str) -> None:
         call()
 
 
+class Plateau(Classifier):
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "loss"}}
+
+
+class Averaging(Classifier):
+    mean: Tensor
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(optimizer=optimizer)
+        self.register_buffer("mean", torch.zeros(P))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * batch[0].mean(0)
+        return super().training_step(batch, batch_idx)
+
+
 class LogsMetric(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.log("metric", MeanMetric())
@@ -341,6 +367,29 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], list[Any], type[Exception], str]] 
     "LBFGS": (Classifier, {}, [], ValueError, "LBFGS, which may mix the members"),
     "Adafactor": (Classifier, {}, [], ValueError, "Adafactor, which may mix the members"),
     "metrics": (LogsMetric, {}, [], TypeError, "logs 'metric', a MeanMetric; allowed are numbers and tensors"),
+    "a plateau": (Plateau, {}, [], ValueError, "trained with ReduceLROnPlateau"),
+    "a buffer that is replaced": (
+        Averaging,
+        {},
+        [],
+        TypeError,
+        "replaces its buffer 'mean'; allowed is to change it in",
+    ),
+    "rewiring": (
+        Classifier,
+        {},
+        [SETRewiring({"net.0.weight": 0.5})],
+        ValueError,
+        "or of a stack; allowed are weights",
+    ),
+    "tickets": (Classifier, {}, [TicketRewind({"net.0.weight": 0.5}, epochs=1)], ValueError, "the module is a stack"),
+    "activations": (
+        Classifier,
+        {},
+        [NeuronPruning({"net.0.weight": 3}, score="activation", compensate=None, schedule=Geometric(2, 9))],
+        ValueError,
+        "belongs to no Linear or Conv module",
+    ),
     "shrink": (
         Classifier,
         {},
@@ -357,6 +406,46 @@ def test_what_would_mix_members_is_refused(case: str) -> None:
     stacked = stack(members(kind, optimizer=case if hasattr(torch.optim, case) else "Adam"))
     with pytest.raises(error, match=message):
         fit(stacked, member_loader(examples(), batch_size=BATCH, seeds=range(MEMBERS)), callbacks, **options)
+
+
+def test_a_scaler_that_skips_steps_of_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    stacked = stack(members())
+    trainer = pl.Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    monkeypatch.setattr(trainer.precision_plugin, "scaler", torch.amp.GradScaler("cpu"), raising=False)
+    with pytest.raises(ValueError, match="trained with a gradient scaler"):
+        trainer.fit(stacked, member_loader(examples(), batch_size=BATCH, seeds=range(MEMBERS)))
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pl.Trainer, "world_size", property(lambda self: 2))
+    with pytest.raises(ValueError, match="trained with 2 processes, which divide the batch"):
+        fit(stack(members()), member_loader(examples(), batch_size=BATCH, seeds=range(MEMBERS)))
+
+
+class Logs(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("examples", float(len(batch[0])), False, on_step=False, on_epoch=True)
+        self.log("positional", loss, True)
+        return loss
+
+
+def test_what_members_log_is_logged_with_their_arguments_and_their_number_of_examples() -> None:
+    stacked = stack(members(Logs))
+    trainer = fit(
+        stacked, member_loader(examples(), batch_size=BATCH, seeds=range(MEMBERS)), max_steps=-1, max_epochs=1
+    )
+    sizes = [BATCH] * (N // BATCH) + [N % BATCH]
+    assert float(trainer.callback_metrics["examples"]) == pytest.approx(sum(n * n for n in sizes) / N)
+    assert "positional" in trainer.progress_bar_metrics
+
+
+def test_a_stack_inside_another_module_is_not_traced() -> None:
+    with pytest.raises(ValueError, match="'0' is a stack inside another module"):
+        trace(nn.Sequential(stack([nn.Linear(2, 3)])), torch.zeros(1, 4, 2))
 
 
 def test_clipping_by_value_is_that_of_the_members_alone() -> None:

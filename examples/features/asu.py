@@ -19,7 +19,7 @@ from examples.command import finish, parse
 from examples.data import ASU, is_here
 from examples.features.networks import Classifier
 from examples.results import Row, mean_and_spread
-from lightning_cpna import Tries, find_features
+from lightning_cpna import Restarts, find_features
 
 COUNTS = [50, 20, 10, 5]
 LARGE = 1000  # chosen: training sets with more examples take larger batches
@@ -36,18 +36,19 @@ def search(*, name: str, seed: int, folder: Path | None) -> Row:
     """
     train, test = data(name, seed, folder, RECIPES[name].inputs)
     n, p = train.x.shape
-    tries = Tries(8, p, batch_size=64 if n > LARGE else 32)
+    plan = Restarts(8, p, batch_size=64 if n > LARGE else 32)
     n_classes = int(torch.cat([train.y, test.y]).max()) + 1
     network = partial(Classifier, n_classes=n_classes, hidden=128, lr=3e-3)
     trainer, quiet = partial(pl.Trainer, accelerator="cpu"), Console(quiet=True)
     started = time.perf_counter()
-    found = find_features(network, trainer, *train, COUNTS, tries=tries, seed=seed, console=quiet)
+    found = find_features(network, trainer, *train, COUNTS, restarts=plan, seed=seed, console=quiet)
     with torch.no_grad():
         right = (found.network(test.x[:, list(found.features)]).argmax(1) == test.y).double()
     return {
         "features": len(found.features),
         "columns": " ".join(map(str, found.features)),
         "certified": found.certificate.holds,
+        "p_value": found.certificate.p_value,
         "margin": round(found.certificate.margin, 2),
         "seconds": round(time.perf_counter() - started, 1),
         "test_accuracy": round(100 * float(right.mean()), 4),

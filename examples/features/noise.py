@@ -18,7 +18,7 @@ from examples.data import asu, standardized
 from examples.features.networks import Classifier
 from examples.results import Row
 from examples.xor.problem import Phase, XORData, XORNet
-from lightning_cpna import Tries, find_features
+from lightning_cpna import Restarts, find_features
 
 FIRST_SEED = 5000
 
@@ -29,17 +29,17 @@ class Problem(NamedTuple):
     Attributes:
         title: What it is called in the table.
         counts: How many features are wanted.
-        tries: How they are searched.
+        plan: How they are searched.
     """
 
     title: str
     counts: list[int]
-    tries: Tries
+    plan: Restarts
 
 
 PROBLEMS = {
-    "xor": Problem("4-D XOR, p=60, n=3000", [4], Tries(16, 40)),
-    "asu": Problem("Lung-discrete, p=325, n=48", [50, 20, 10, 5], Tries(16, batch_size=16)),
+    "xor": Problem("4-D XOR, p=60, n=3000", [4], Restarts(40, 40)),
+    "asu": Problem("Lung-discrete, p=325, n=48", [50, 20, 10, 5], Restarts(40, batch_size=16)),
 }
 
 
@@ -51,7 +51,7 @@ def search(*, problem: str, seed: int, folder: Path | None) -> Row:
         seed: Of the data, the shuffling and the search.
         folder: The folder with the data.
     """
-    _, counts, tries = PROBLEMS[problem]
+    _, counts, plan = PROBLEMS[problem]
     generator = torch.Generator().manual_seed(seed)
     network: Callable[[int], pl.LightningModule]
     if problem == "xor":
@@ -65,27 +65,26 @@ def search(*, problem: str, seed: int, folder: Path | None) -> Row:
     y = y[torch.randperm(len(y), generator=generator)]
     quiet = Console(quiet=True)
     trainer = partial(pl.Trainer, accelerator="cpu")
-    found = find_features(network, trainer, x, y, counts, tries=tries, seed=seed, console=quiet)
-    it = found.certificate
-    losses = [row["loss"] for row in found.rows if not row["is_null"]]
+    found = find_features(network, trainer, x, y, counts, restarts=plan, seed=seed, console=quiet)
     return {
-        "certified": it.holds,
-        "margin": round(it.margin, 3),
-        "margin_needed": round((it.null_loss - it.limit) / it.null_spread, 3),
-        "tries": found.tries,
-        "lowest_loss": round(min(losses), 5),
+        "certified": found.certificate.holds,
+        "p_value": found.certificate.p_value,
+        "level": found.certificate.level,
+        "margin": round(found.certificate.margin, 3),
+        "tries": found.n_tries,
     }
 
 
 def draw(rows: list[Row]) -> Figure:
-    """Draw the largest margin of every search, and what it had to be."""
-    drawn = Figure(figsize=(9, 3.4), layout="constrained")
+    """Draw the p-value at the end of every search: by chance they are spread evenly."""
+    drawn = Figure(figsize=(10, 3.4), layout="constrained")
     for axes, (name, problem) in zip(drawn.subplots(1, len(PROBLEMS), sharey=True), PROBLEMS.items(), strict=True):
-        own = [row for row in rows if row["problem"] == name]
-        axes.hist([row["margin"] for row in own], bins=20, color="C0")
-        axes.axvline(own[0]["margin_needed"], color="C3", label="needed for a certificate")
-        axes.set(title=f"{problem.title}, labels shuffled", xlabel="largest margin of a search, standard deviations")
-    drawn.axes[0].set_ylabel("searches")
+        values = sorted(row["p_value"] for row in rows if row["problem"] == name)
+        axes.plot(values, [(i + 1) / len(values) for i in range(len(values))], drawstyle="steps-post", color="C0")
+        axes.plot([0, 1], [0, 1], "--", color="C3", label="evenly spread")
+        axes.set(title=f"{problem.title}, labels shuffled", xlabel="p-value of the best of all tries")
+        axes.grid(alpha=0.3)
+    drawn.axes[0].set_ylabel("searches with it or less")
     drawn.axes[0].legend(frameon=False)
     return drawn
 
@@ -93,15 +92,15 @@ def draw(rows: list[Row]) -> Figure:
 def table(rows: list[Row]) -> str:
     """Return in Markdown how many searches were certified."""
     lines = [
-        "| labels shuffled | searches | tries each | features | certified | largest margin | needed |",
+        "| labels shuffled | searches | tries each | features | certified | lowest p-value | needed |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, problem in PROBLEMS.items():
         own = [row for row in rows if row["problem"] == name]
         lines.append(
-            f"| {problem.title} | {len(own)} | {problem.tries.n} | {', '.join(map(str, problem.counts))} "
-            f"| {sum(row['certified'] for row in own)} | {max(row['margin'] for row in own):.1f} "
-            f"| {own[0]['margin_needed']:.1f} |"
+            f"| {problem.title} | {len(own)} | {problem.plan.n} | {', '.join(map(str, problem.counts))} "
+            f"| {sum(bool(row['certified']) for row in own)} | {min(row['p_value'] for row in own):.4f} "
+            f"| {own[0]['level']:.4f} |"
         )
     return "\n".join(lines)
 

@@ -22,7 +22,7 @@ from examples.results import Row, counted, mean_and_spread
 from examples.xor.problem import Phase, Phases, XORData, XORNet
 from examples.xor.pruned import pruned
 from examples.xor.recipes import PROBLEMS, Recipe, callbacks, recipe
-from lightning_cpna import Tries, find_features, member, stack
+from lightning_cpna import Restarts, find_features, member, stack
 
 N, FIRST_SEED = 3000, 4000
 HIDDEN = {3: 256, 4: 256, 5: 512}
@@ -33,10 +33,13 @@ TAILS = {
 }  # chosen: pruning the 4-D network fails once in ten runs; the best on the training set is kept
 LEARNED = 90.0  # chosen: the test AUC that a run without restarts must have to count as a success
 METHODS = {"cpna_all": "CPNA", "fsa_cpna": "FSA + CPNA", "restarts": "restarts"}
-RESTARTS = {
-    3: {100: Tries(40, 80), 200: Tries(150, 80), 400: Tries(300, 120)},
-    4: {60: Tries(150, 40), 80: Tries(250, 40), 100: Tries(400, 40)},
-    5: {30: Tries(60, 25), 40: Tries(200, 25), 50: Tries(300, 25)},
+RESTARTS = {  # chosen: subsets and budgets, with three hundred examples held out
+    k: {p: Restarts(n, subset, held_out=0.1) for p, n, subset in sizes}
+    for k, sizes in {
+        3: [(100, 40, 80), (200, 150, 80), (400, 300, 120)],
+        4: [(60, 150, 40), (80, 250, 40), (100, 400, 40)],
+        5: [(30, 60, 25), (40, 200, 25), (50, 300, 25)],
+    }.items()
 }
 PLAIN = {3: [60, 80, 100, 200], 4: [40, 50, 60, 80], 5: [20, 25, 30, 40]}
 
@@ -65,8 +68,8 @@ def restarts(*, k: int, p: int, data_seed: int) -> Row:
     started = time.perf_counter()
     network = partial(XORNet, hidden=HIDDEN[k], phases=[Phase(1)], n=N)
     trainer = partial(pl.Trainer, accelerator="cpu")
-    tries, quiet = RESTARTS[k][p], Console(quiet=True)
-    found = find_features(network, trainer, train.x, train.y, k, tries=tries, seed=data_seed, console=quiet)
+    plan, quiet = RESTARTS[k][p], Console(quiet=True)
+    found = find_features(network, trainer, train.x, train.y, k, restarts=plan, seed=data_seed, console=quiet)
     searched = time.perf_counter()
     features = list(found.features)
     train_auc, test_auc = tail(k, train.x[:, features], train.y, test.x[:, features], test.y, data_seed)
@@ -74,7 +77,7 @@ def restarts(*, k: int, p: int, data_seed: int) -> Row:
         "found": features == list(range(k)),
         "certified": found.certificate.holds,
         "margin": round(found.certificate.margin, 1),
-        "tries": found.tries,
+        "tries": found.n_tries,
         "search_seconds": round(searched - started, 1),
         "tail_seconds": round(time.perf_counter() - searched, 1),
         "train_auc": round(train_auc, 4),

@@ -22,6 +22,7 @@ from lightning_cpna.schedules import Geometric
 from lightning_cpna.scores import Granularity, Score
 from lightning_cpna.snapshot import Rewind, Snapshot, restore_masks_, rewind_, take_snapshot
 from lightning_cpna.sparsity import Budget, Scope, Sparsity
+from lightning_cpna.stacked import Stacked
 from lightning_cpna.targets import resolve
 from lightning_cpna.tickets import Control, Round, RoundReport, shuffle_masks_
 
@@ -226,6 +227,8 @@ class TicketRewind(SparsityCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the targets; note the random generators, before the first batches are drawn."""
+        if isinstance(pl_module, Stacked):
+            raise ValueError(f"{self.name}: the module is a stack; allowed is to rewind one network at a time")
         super().on_fit_start(trainer, pl_module)
         if others := [other.name for other in ours(trainer) if isinstance(other, TicketRewind) and other is not self]:
             raise ValueError(

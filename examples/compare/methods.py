@@ -1,0 +1,135 @@
+"""The methods: what is searched for each, and how it is fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from examples.data import Split
+
+Settings = dict[str, Any]
+
+
+class Fitted(NamedTuple):
+    """A fitted method.
+
+    Attributes:
+        scores: From ``(n, features)`` to the classes' scores, ``(n, class)``.
+        features: The features that it reads.
+        parameters: Numbers that it needs to predict: weights that are not zero, or nodes of trees.
+    """
+
+    scores: Callable[[Tensor], Tensor]
+    features: list[int]
+    parameters: int
+
+
+class Method(NamedTuple):
+    """A method.
+
+    Attributes:
+        space: What is searched: values by name.
+        fit: From settings, the training part, the number of classes and a seed.
+    """
+
+    space: dict[str, list[Any]]
+    fit: Callable[[Settings, Split, int, int], Fitted]
+
+
+def _used(importances: Any) -> list[int]:
+    return [int(place) for place in np.flatnonzero(np.asarray(importances) > 0)]
+
+
+def _scores(model: Any) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.from_numpy(np.asarray(model.predict_proba(x.numpy()), dtype=np.float64))
+
+
+def logistic(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
+    """Fit a logistic regression with an L1 penalty."""
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(
+        C=settings["C"], l1_ratio=1.0, solver="saga", max_iter=settings["max_iter"], tol=1e-3, random_state=seed
+    )
+    model.fit(train.x.numpy(), train.y.numpy())
+    return Fitted(_scores(model), _used(np.abs(model.coef_).max(axis=0)), int((model.coef_ != 0).sum()))
+
+
+def forest(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
+    """Fit a random forest."""
+    from sklearn.ensemble import RandomForestClassifier
+
+    model = RandomForestClassifier(n_estimators=500, random_state=seed, **settings)
+    model.fit(train.x.numpy(), train.y.numpy())
+    nodes = sum(tree.tree_.node_count for tree in model.estimators_)
+    return Fitted(_scores(model), _used(model.feature_importances_), nodes)
+
+
+def histograms(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
+    """Fit scikit-learn's histogram-based gradient boosting."""
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    model = HistGradientBoostingClassifier(random_state=seed, **settings)
+    model.fit(train.x.numpy(), train.y.numpy())
+    nodes = [tree.nodes for trees in model._predictors for tree in trees]
+    inner = [part[part["is_leaf"] == 0]["feature_idx"] for part in nodes]
+    return Fitted(_scores(model), np.unique(np.concatenate(inner)).tolist(), sum(map(len, nodes)))
+
+
+def xgboost(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
+    """Fit XGBoost."""
+    from xgboost import XGBClassifier
+
+    model = XGBClassifier(n_jobs=1, random_state=seed, tree_method="hist", **settings)
+    model.fit(train.x.numpy(), train.y.numpy())
+    return Fitted(_scores(model), _used(model.feature_importances_), len(model.get_booster().trees_to_dataframe()))
+
+
+def lassonet(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
+    """Fit LassoNet's path; of its networks the one that is best on a fifth of the training part is taken."""
+    from lassonet import LassoNetClassifier
+    from sklearn.model_selection import train_test_split
+
+    x, x_held, y, y_held = train_test_split(
+        train.x.numpy(), train.y.numpy(), test_size=0.2, random_state=seed, stratify=train.y.numpy()
+    )
+    model = LassoNetClassifier(
+        hidden_dims=(settings["hidden"],), M=settings["M"], path_multiplier=1.05, n_iters=(500, 50), patience=(50, 5),
+        random_state=seed, torch_seed=seed, verbose=0,
+    )  # fmt: skip
+    path = model.path(x, y, X_val=x_held, y_val=y_held, return_state_dicts=True)
+    best = min(path, key=lambda step: (step.val_loss, int(step.selected.sum())))
+    model.load(best.state_dict)
+    features = best.selected.nonzero().flatten().tolist()
+    return Fitted(_scores(model), features, sum(int((p != 0).sum()) for p in model.model.parameters()))
+
+
+OTHERS: dict[str, Method] = {
+    "L1 logistic regression": Method(
+        {"C": [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0], "max_iter": [200]}, logistic
+    ),
+    "random forest": Method({"max_features": ["sqrt", 0.1, 0.3, 1.0], "min_samples_leaf": [1, 3, 10]}, forest),
+    "HistGradientBoosting": Method(
+        {
+            "learning_rate": [0.03, 0.1, 0.3],
+            "max_iter": [100, 300],
+            "max_leaf_nodes": [15, 31, 63],
+            "l2_regularization": [0.0, 1.0],
+        },
+        histograms,
+    ),
+    "XGBoost": Method(
+        {
+            "learning_rate": [0.03, 0.1, 0.3],
+            "n_estimators": [100, 300, 1000],
+            "max_depth": [3, 6, 9],
+            "subsample": [0.7, 1.0],
+        },
+        xgboost,
+    ),
+    "LassoNet": Method({"hidden": [64, 256], "M": [1.0, 10.0, 100.0, 1000.0]}, lassonet),
+}

@@ -1,0 +1,207 @@
+"""The networks: dense, pruned by CPNA, and sparse from the first step."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from examples.compare.methods import Fitted, Method, Settings
+from examples.data import Batches, Split, loader
+from examples.features.networks import Classifier
+from examples.quiet import silence
+from examples.xor.problem import Phase, PhaseBatches, Phases
+from examples.xor.recipes import Recipe, callbacks, features, hidden_by_score, inputs
+from lightning_cpna import EpochFraction, Growth, NeuronPruning, Restarts, SETRewiring, SparseLinear, find_features
+
+MIN_STEPS = 2000  # chosen: small sets are passed over as often as this takes
+LATE_DECAY = 1e-4  # chosen on XOR: what is left late must fit more than it must shrink
+
+
+def _epochs(epochs: int, n: int, batch_size: int, least: int = MIN_STEPS) -> int:
+    return max(epochs, least // -(-n // batch_size))
+
+
+def _fitted(module: nn.Module) -> Fitted:
+    """Describe a trained network, whose dead connections are zeros, or not there."""
+    module.eval()
+
+    def scores(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.as_tensor(module(x)).softmax(1).double()
+
+    first = next(part for part in module.modules() if isinstance(part, nn.Linear | SparseLinear))
+    if isinstance(first, SparseLinear):
+        read = torch.unique(first.col_indices).tolist()
+    else:
+        read = first.weight.any(dim=0).nonzero().flatten().tolist()
+    return Fitted(scores, read, sum(int((p != 0).sum()) for p in module.parameters()))
+
+
+def _train(module: pl.LightningModule, train: Split, recipe: Recipe, seed: int, pruning: list[Any]) -> None:
+    silence()
+    phases = [phase for phase, _ in recipe]
+    n = len(train.y)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        callbacks=[Phases(phases, n), *pruning],
+        logger=False,
+        log_every_n_steps=0,  # there is no logger
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    batches: Any = PhaseBatches(n, phases, torch.Generator().manual_seed(seed))
+    trainer.fit(module, DataLoader(Batches(train), sampler=batches, batch_size=None))
+
+
+def dense(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
+    """Train a dense network."""
+    pl.seed_everything(seed, verbose=False)
+    n, p = train.x.shape
+    module = Classifier(p, n_classes, settings["hidden"])
+    size, lr, decay = settings["batch_size"], settings["lr"], settings["weight_decay"]
+    epochs = _epochs(settings["epochs"], n, size)
+    recipe: Recipe = [
+        (Phase(epochs * 2 // 3, size, lr, decay), None),
+        (Phase(epochs // 3, size, lr, decay, lr / 30), None),
+    ]
+    _train(module, train, recipe, seed, [])
+    return _fitted(module)
+
+
+def cpna(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
+    """Train a wide network and anneal it: input features first, if there is a count of them, then connections."""
+    pl.seed_everything(seed, verbose=False)
+    n, p = train.x.shape
+    size, lr, decay = settings["batch_size"], settings["lr"], settings["weight_decay"]
+    n_out = settings["units"] * n_classes
+    n_in = settings["units"] * settings["inputs"]
+
+    def phase(epochs: int, lr: float, weight_decay: float, lr_end: float | None = None) -> Phase:
+        return Phase(_epochs(epochs, n, size, MIN_STEPS * epochs // 400), size, lr, weight_decay, lr_end)
+
+    recipe: Recipe = [(phase(60, lr, decay), None)]
+    if "features" in settings:
+        if settings["features"] < p:
+            recipe.append((phase(40, lr, decay), features(settings["features"])))
+    else:  # single connections, interleaved: wide layers must not be cut to their ends at once
+        recipe.append((phase(60, lr / 3, LATE_DECAY), hidden_by_score(4 * n_out)))
+        recipe.append((phase(120, lr, decay), inputs(4 * n_in, exponent=12)))
+    recipe += [
+        (phase(100, lr / 3, LATE_DECAY), hidden_by_score(n_out)),
+        (phase(100, lr, LATE_DECAY), inputs(n_in, exponent=0 if "features" in settings else 8)),
+        (phase(60, lr, LATE_DECAY / 10, lr / 100), None),
+    ]
+    module = Classifier(p, n_classes, settings["hidden"])
+    _train(module, train, recipe, seed, callbacks(recipe, n, shrink=True))
+    return _fitted(module)
+
+
+def restarts(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
+    """Search the features by restarts, and train and prune a network that has no others."""
+    p = train.x.shape[1]
+    counts = sorted({min(count, p - 1) for count in (settings["most"], settings["most"] // 2, settings["most"] // 4)})
+    subset = max(counts[-1] + 1, round(settings["fraction"] * p))
+    plan = Restarts(settings["tries"], subset, batch_size=settings["batch_size"])
+    network = partial(Classifier, n_classes=n_classes, hidden=256, lr=settings["lr"])
+    trainer, quiet = partial(pl.Trainer, accelerator="cpu"), Console(quiet=True)
+    found = find_features(network, trainer, *train, counts, restarts=plan, seed=seed, console=quiet)
+    places = torch.tensor(found.features)
+    own = {"hidden": 256, "features": len(places), "weight_decay": 1e-3, "units": 32, "inputs": 4}
+    fitted = cpna(settings | own, Split(train.x[:, places], train.y), n_classes, seed)
+    return Fitted(lambda x: fitted.scores(x[:, places]), places[fitted.features].tolist(), fitted.parameters)
+
+
+class SparseMLP(pl.LightningModule):
+    """Two hidden layers that store their connections only, cross-entropy, AdamW."""
+
+    def __init__(self, n_features: int, n_classes: int, settings: Settings) -> None:
+        super().__init__()
+        width, epsilon = settings["width"], settings["epsilon"]
+        self.net = nn.Sequential(
+            nn.Dropout(settings["dropout"]),
+            SparseLinear(n_features, width, epsilon),
+            nn.ReLU(),
+            SparseLinear(width, width, epsilon),
+            nn.ReLU(),
+            nn.Linear(width, n_classes),
+        )
+        self.settings = settings
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits, ``(batch, class)``."""
+        logits: Tensor = self.net(x)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the cross-entropy."""
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW."""
+        return torch.optim.AdamW(
+            self.parameters(), lr=self.settings["lr"], weight_decay=self.settings["weight_decay"], fused=True
+        )
+
+
+def evolved(settings: Settings, train: Split, n_classes: int, seed: int, *, neurons: bool = False) -> Fitted:
+    """Train a sparse network by SET; with ``neurons`` by NPSET, which removes a fraction of the units in early epochs."""
+    silence()
+    pl.seed_everything(seed, verbose=False)
+    n, p = train.x.shape
+    hidden = ["net.1.weight", "net.3.weight"]
+    module = SparseMLP(p, n_classes, settings)
+    pruning: list[Any] = [SETRewiring(hidden, zeta=0.3, growth=Growth("random"))]
+    epochs = _epochs(settings["epochs"], n, settings["batch_size"])
+    if neurons:
+        schedule = EpochFraction(alpha=0.04, first=10, last=min(50, epochs // 2))
+        pruning.append(NeuronPruning(hidden, schedule=schedule, score="out_degree", compensate=None))
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=pruning,
+        logger=False,
+        log_every_n_steps=0,  # there is no logger
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, loader(train, min(settings["batch_size"], n), seed))
+    return _fitted(module)
+
+
+NETWORK: dict[str, list[Any]] = {"batch_size": [32, 64, 256], "lr": [1e-2, 3e-3, 1e-3]}
+CPNA: dict[str, list[Any]] = {
+    **NETWORK,
+    "hidden": [256, 1024],
+    "weight_decay": [1e-3, 3e-4, 1e-4],
+    "units": [16, 32, 64],
+    "inputs": [4, 8, 16],
+}
+SPARSE: dict[str, list[Any]] = {
+    **NETWORK,
+    "width": [500, 1000],
+    "epsilon": [5.0, 10.0, 20.0],
+    "dropout": [0.0, 0.3],
+    "weight_decay": [1.0, 0.1, 0.01],
+    "epochs": [100, 200],
+}
+OURS: dict[str, Method] = {
+    "CPNA, features": Method({**CPNA, "features": [3, 4, 5, 10, 20, 50]}, cpna),
+    "CPNA, connections": Method(CPNA, cpna),
+    "restarts": Method({**NETWORK, "most": [4, 8, 20, 50], "fraction": [0.5, 1.0], "tries": [16, 64]}, restarts),
+    "SET": Method(SPARSE, evolved),
+    "NPSET": Method(SPARSE, partial(evolved, neurons=True)),
+}
+DENSE: dict[str, Method] = {
+    "dense network": Method(
+        {**NETWORK, "hidden": [64, 256, 1024], "weight_decay": [1e-2, 1e-3, 1e-4], "epochs": [100, 200]}, dense
+    )
+}

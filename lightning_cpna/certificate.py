@@ -1,0 +1,91 @@
+"""Can what was found be chance? A permutation test on examples that were held out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BATCH = 1000  # permutations at a time
+MORE = 4  # chosen: how many times as many permutations are drawn as a level needs, so that one exceeding it is no rejection
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Whether the lowest loss on held-out examples can be chance.
+
+    Attributes:
+        loss: The lowest mean loss of any try on the held-out examples.
+        chance_loss: What it is in the mean if the held-out labels are permuted.
+        chance_spread: The standard deviation of that.
+        p_value: How often it is as low then. Where it is above the level, only estimated from the first permutations.
+        level: What the p-value must not exceed.
+    """
+
+    loss: float
+    chance_loss: float
+    chance_spread: float
+    p_value: float
+    level: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether it cannot be chance."""
+        return self.p_value <= self.level
+
+    @property
+    def margin(self) -> float:
+        """By how many standard deviations the loss is below what it is by chance."""
+        return (self.chance_loss - self.loss) / self.chance_spread if self.chance_spread else 0.0
+
+
+def certify(losses: Tensor, labels: Tensor, level: float, generator: torch.Generator) -> Certificate:
+    """Compare the lowest loss of some tries on held-out examples with what it is if their labels are permuted.
+
+    If labels do not depend on the features, the held-out ones are in random order, whatever the tries learned from the
+    others, however many tries there are, and however the best is chosen: the p-value is exact, and needs no assumption about
+    how losses are distributed (Phipson and Smyth: Permutation p-values should never be zero, 2010, Eq. 2).
+
+    Args:
+        losses: The loss of every try on every held-out example, if its label were each of those that there are, float64
+            ``(try, example, label)``; not finite where a try has failed.
+        labels: Which label each example has, int64 ``(example,)``.
+        level: What the p-value must not exceed.
+        generator: Draws the permutations.
+
+    Returns:
+        The certificate.
+
+    Raises:
+        ValueError: If no try has a finite loss.
+
+    Example:
+        >>> labels = torch.tensor([0, 1] * 20)
+        >>> learned = torch.eye(2).logical_not().double()[labels]  # the loss is 0 with the right label and 1 with the other
+        >>> certify(learned[None], labels, 0.001, torch.Generator().manual_seed(0)).holds
+        True
+    """
+    flat = torch.nan_to_num(losses, nan=torch.inf).flatten(1)  # (try, example * label)
+    flat = flat[flat.isfinite().all(dim=1)]
+    if not len(flat):
+        raise ValueError("network: no try ended with a finite loss on the held-out examples")
+    n_labels = losses.shape[2]
+
+    def lowest(chosen: Tensor) -> Tensor:
+        """Return the lowest loss of any try, ``(permutation,)``, for labels ``(permutation, example)``."""
+        marks = torch.nn.functional.one_hot(chosen, n_labels).flatten(1).to(flat)
+        return (flat @ marks.T).amin(dim=0) / len(labels)
+
+    loss = lowest(labels[None])[0]
+    n = math.ceil(MORE / level)
+    drawn: list[Tensor] = []
+    n_drawn = as_low = 0
+    while n_drawn < n and as_low <= level * (n + 1) - 1:
+        orders = torch.rand(min(BATCH, n - n_drawn), len(labels), generator=generator).argsort(dim=1)
+        drawn.append(lowest(labels[orders]))
+        n_drawn += len(orders)
+        as_low += int((drawn[-1] <= loss * (1 + 1e-12)).sum())
+    chance = torch.cat(drawn)
+    return Certificate(float(loss), float(chance.mean()), float(chance.std()), (1 + as_low) / (1 + n_drawn), level)

@@ -1,0 +1,75 @@
+"""The certificate: against all permutations, closed forms, and its own level."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_cpna import Certificate, certify
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_p_value_is_that_of_all_permutations() -> None:
+    losses = torch.rand(3, 6, 2, dtype=torch.float64)  # (try, example, label)
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+
+    def lowest(chosen: Tensor) -> float:
+        return float(losses[:, torch.arange(6), chosen].mean(dim=1).min())
+
+    as_low = [lowest(labels[list(order)]) <= lowest(labels) + 1e-12 for order in itertools.permutations(range(6))]
+    exact = sum(as_low) / len(as_low)
+    found = certify(losses, labels, 0.0004, generator())
+    assert found.loss == pytest.approx(lowest(labels))
+    n = 4 / 0.0004 if found.holds else 1000
+    assert found.p_value == pytest.approx(exact, abs=4 * (exact * (1 - exact) / n) ** 0.5)
+
+
+@pytest.mark.parametrize("by_heart", [0.0, 0.05, 1.0])
+def test_it_is_false_as_often_as_its_level_whatever_the_tries_learned(by_heart: float) -> None:
+    """Tries that know some of the other examples by heart are wild on these: their losses are not normal at all."""
+    false = 0
+    for seed in range(400):
+        draw = generator(seed)
+        wild = 1 + 20 * (torch.rand(16, 1, 1, generator=draw) < by_heart)
+        losses = wild * torch.rand(16, 30, 2, generator=draw, dtype=torch.float64)
+        labels = torch.randint(2, (30,), generator=draw)
+        false += certify(losses, labels, 0.05, draw).holds
+    assert false / 400 == pytest.approx(0.05, abs=3 * (0.05 * 0.95 / 400) ** 0.5)
+
+
+def test_one_try_among_many_that_learned_is_enough() -> None:
+    labels = torch.randint(3, (60,), generator=generator())
+    losses = torch.rand(100, 60, 3, dtype=torch.float64)
+    losses[41] = torch.nn.functional.one_hot(labels, 3) * -0.6 + torch.rand(60, 3)
+    found = certify(losses, labels, 1e-4, generator())
+    assert found.holds
+    assert found.p_value == pytest.approx(1 / 40_001)
+    assert found.margin > 5
+
+
+def test_tries_that_all_say_the_same_of_every_example_prove_nothing() -> None:
+    found = certify(torch.ones(5, 20, 2, dtype=torch.float64), torch.tensor([0, 1] * 10), 0.01, generator())
+    assert found.p_value == 1
+    assert not found.holds
+    assert found.margin == 0
+
+
+def test_tries_without_a_finite_loss_are_left_out() -> None:
+    labels = torch.tensor([0, 1] * 10)
+    losses = torch.rand(3, 20, 2, dtype=torch.float64)
+    with_failed = torch.cat([losses, torch.full((2, 20, 2), torch.nan)])
+    assert certify(with_failed, labels, 0.01, generator()) == certify(losses, labels, 0.01, generator())
+    with pytest.raises(ValueError, match="no try ended with a finite loss"):
+        certify(with_failed[3:], labels, 0.01, generator())
+
+
+def test_a_margin_is_counted_in_standard_deviations() -> None:
+    assert Certificate(1.0, 2.0, 0.25, 0.001, 0.01).margin == 4.0
+    assert Certificate(1.0, 2.0, 0.25, 0.01, 0.01).holds
+    assert not Certificate(1.0, 2.0, 0.25, 0.011, 0.01).holds
