@@ -165,26 +165,9 @@ def find_features(
     subsets = _subsets(restarts.subset, x.shape[1], counts[0])
     weight, can_drop = _first_weight(_seeded(0, partial(network, subsets[0])), x[:4, : subsets[0]])
     search = _Search(network, trainer, x, y, weight, can_drop, counts, restarts, seed)
-    settings = search.stacks(subsets)
-    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
-        for some in _rounds(settings, n_workers(n_jobs, backend)):
-            found = sweep(
-                partial(_run_stack, search),
-                some,
-                folder or temporary,
-                n_jobs=n_jobs,
-                backend=backend,
-                title=f"tries until {min((some[-1]['stack'] + 1) * restarts.together, restarts.n)} of {restarts.n}",
-                console=console,
-            )
-            for setting in some:
-                rows += [row for row in found if row["stack"] == setting["stack"]]
-                certificate = search.certify(rows)
-                if certificate.holds:
-                    break
-            if certificate.holds:
-                break
+        options: dict[str, Any] = {"n_jobs": n_jobs, "backend": backend, "console": console}
+        rows, certificate = _try_until_certified(search, search.stacks(subsets), folder or temporary, options)
     best = min(rows, key=lambda row: row["loss"] if math.isfinite(row["loss"]) else math.inf)
     keys = ("stack", "place", "subset", "count", "features", "loss")
     return Found(
@@ -194,6 +177,23 @@ def find_features(
         search.refit(best["features"]),
         [{key: row[key] for key in keys} for row in rows],
     )
+
+
+def _try_until_certified(
+    search: _Search, settings: list[dict[str, Any]], folder: str | Path, options: dict[str, Any]
+) -> tuple[list[Row], Certificate]:
+    """Train one stack after the other, several at a time; return all tries up to the one after which it was certified."""
+    restarts, rows = search.restarts, list[Row]()
+    n_at_once = n_workers(options["n_jobs"], options["backend"])
+    for first in range(0, len(settings), n_at_once):
+        some = settings[first : first + n_at_once]
+        title = f"tries until {min((some[-1]['stack'] + 1) * restarts.together, restarts.n)} of {restarts.n}"
+        found = sweep(partial(_run_stack, search), some, folder, title=title, **options)
+        for setting in some:
+            rows += [row for row in found if row["stack"] == setting["stack"]]
+            if (certificate := search.certify(rows)).holds:
+                return rows, certificate
+    return rows, certificate
 
 
 class _Parts(NamedTuple):
@@ -282,8 +282,8 @@ class _Search:
             CPNAPruning({self.weight: count}, granularity="feature", schedule=schedule, name=f"features_{count}")
             for count, schedule in zip(self.counts, schedules, strict=True)
         ]
-        measure = _Features(self.weight, columns, self._columns(held, columns), labels, self.can_drop)
-        measure.counts = dict(zip(ends, self.counts, strict=True))
+        counts = dict(zip(ends, self.counts, strict=True))
+        measure = _Features(self.weight, columns, self._columns(held, columns), labels, counts, self.can_drop)
         self._fit(stacked, loader, total, [*pruning, measure])
         return [
             {
@@ -339,17 +339,18 @@ class _Features(Callback):
         columns: Which features each member reads, int64 ``(member, feature)``.
         held: The held-out examples, ``(member, example, feature)``.
         labels: The labels that an example can have, ``(label, ...)``.
+        counts: How many features should be left, by the number of epochs after which it is noted.
         can_drop: Whether the network can do with fewer features.
 
     Attributes:
-        counts: How many features are left after some epochs.
         found: By count: the features, int64 ``(member, count)``, and the losses, ``(member, example, label)``.
     """
 
-    counts: dict[int, int]
-
-    def __init__(self, weight: str, columns: Tensor, held: Tensor, labels: Tensor, can_drop: bool) -> None:
-        self.weight, self.columns, self.held, self.labels, self.can_drop = weight, columns, held, labels, can_drop
+    def __init__(
+        self, weight: str, columns: Tensor, held: Tensor, labels: Tensor, counts: dict[int, int], can_drop: bool
+    ) -> None:
+        self.weight, self.columns, self.held, self.labels = weight, columns, held, labels
+        self.counts, self.can_drop = counts, can_drop
         self.found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _live(self, module: LightningModule) -> Tensor:
@@ -413,11 +414,6 @@ class _Features(Callback):
 def _run_stack(search: _Search, *, stack: int, subset: int, n_tries: int, **_: Any) -> list[Row]:
     """Run one stack of a search; the rest of the setting says of which search."""
     return search.run(stack, subset, n_tries)
-
-
-def _rounds(settings: list[dict[str, Any]], n: int) -> Iterator[list[dict[str, Any]]]:
-    for start in range(0, len(settings), n):
-        yield settings[start : start + n]
 
 
 def _counts(n_features: int | Sequence[int]) -> tuple[int, ...]:

@@ -37,9 +37,9 @@ def stack(members: Sequence[M], seeds: Sequence[int] | None = None) -> M:
 
     All members run at once (``torch.vmap``): their ``forward`` and ``training_step`` must be made of tensor operations.
     Dropout draws from a generator of each member; a random score draws for all members from one. What
-    ``configure_optimizers`` decides by the shapes of parameters, it decides by those of the stack. Random operations besides dropout, metrics that keep a state, gradient clipping by norm,
-    optimizers that mix the entries of a tensor, float16 with a gradient scaler, several processes, and manual optimisation
-    are refused.
+    ``configure_optimizers`` decides by the shapes of parameters, it decides by those of the stack. Random operations
+    besides dropout, metrics that keep a state, gradient clipping by norm, optimizers that mix the entries of a tensor,
+    float16 with a gradient scaler, several processes, and manual optimisation are refused.
 
     Args:
         members: Modules of one class, alike but for the values of their parameters and buffers. They are left as they are.
