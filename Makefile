@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: env demo test test-slow benchmark results results-figures results-saliency results-asu results-tickets results-uci results-landscape results-features format clean
+.PHONY: env demo test test-slow benchmark results results-figures results-saliency results-asu results-tickets results-uci results-landscape results-features results-compare format clean
 
 env: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[examples,analysis,structured,cli,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[compare,analysis,structured,cli,dev]'
 	touch $@
 
 demo: env
@@ -87,6 +87,10 @@ results-features: env
 	cp runs/frontier/frontier.csv runs/frontier/frontier.png examples/xor/results/
 	for name in noise asu; do $(BIN)/python -m examples.features.$$name --out runs/features/$$name --readme README.md || exit 1; done
 	cp runs/features/*/*.csv runs/features/*/*.png examples/features/results/
+
+# Other methods beside ours: a search and five splits for each method and data set; the data sets as above.
+results-compare: env
+	$(BIN)/python -m examples.compare --out runs/compare
 
 format: env
 	$(BIN)/ruff check --fix .

@@ -78,7 +78,7 @@ def test_the_table_of_noise_from_rows_made_by_hand() -> None:
         for problem in noise.PROBLEMS
         for p_value in (0.5, 1e-4)
     ]
-    assert noise.table(rows).splitlines()[2].endswith("| 2 | 40 | 4 | 1 | 0.0001 | 0.0002 |")
+    assert noise.table(rows).splitlines()[2].endswith("| 2 | 16 | 4 | 1 | 0.0001 | 0.0002 |")
 
 
 @pytest.mark.skipif(
