@@ -21,7 +21,7 @@ from examples.quiet import silence
 from examples.results import Row, counted, mean_and_spread
 from examples.xor.problem import Phase, Phases, XORData, XORNet
 from examples.xor.pruned import pruned
-from examples.xor.recipes import PROBLEMS, Recipe, callbacks, recipe
+from examples.xor.recipes import Recipe, callbacks, recipe
 from lightning_cpna import Restarts, find_features, member, stack
 
 N, FIRST_SEED = 3000, 4000
@@ -41,7 +41,8 @@ RESTARTS = {  # chosen: subsets and budgets, with three hundred examples held ou
         5: [(30, 60, 25), (40, 200, 25), (50, 300, 25)],
     }.items()
 }
-PLAIN = {3: [60, 80, 100, 200], 4: [40, 50, 60, 80], 5: [20, 25, 30, 40]}
+PLAIN = {3: [60, 80, 100, 200], 4: [40, 50, 60], 5: [20, 25, 30]}
+PLAIN_HIDDEN = {3: 1024, 4: 2048, 5: 1024}
 
 
 class Size(NamedTuple):
@@ -212,7 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse("examples.xor.frontier", __doc__, arguments, sizes=sizes)
     size = SIZES[args.size]
     plain = [
-        {"k": k, "p": p, "n": N, "hidden": PROBLEMS[k].hidden, "method": method, "data_seed": seed}
+        {"k": k, "p": p, "n": N, "hidden": PLAIN_HIDDEN[k], "method": method, "data_seed": seed}
         for k, dimensions in PLAIN.items()
         for p in (dimensions if size.most else dimensions[:1])
         for method in ("cpna_all", "fsa_cpna")
