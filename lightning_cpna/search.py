@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_cpna._lightning import Callback, LightningModule, Trainer
 from lightning_cpna.callbacks import CPNAPruning
@@ -29,12 +30,12 @@ from lightning_cpna.member_batches import member_loader, mixed_seed
 from lightning_cpna.moments import replace_
 from lightning_cpna.schedules import Geometric, OneShot
 from lightning_cpna.sparsity import sparsity_of
-from lightning_cpna.stacked import member, stack
-from lightning_cpna.sweeps import Backend, Row, n_workers, sweep
+from lightning_cpna.stacked import describe, member, stack
+from lightning_cpna.sweeps import Backend, Row, SweepError, n_workers, sweep
 from lightning_cpna.tracing import trace
 
 MAX_CELLS = 40_000  # chosen: held-out examples times labels, at most; a file of eight tries then has some megabytes
-SUBSETS = (1.0, 0.75, 0.5, 0.35)  # the fractions of the features that are drawn in turn if nothing is said
+MAX_SCALE = 10.0  # chosen: by how much the scales of columns may differ without a warning
 FURTHER = 6  # each further count takes a sixth of the epochs of the first
 _SUBSET, _WEIGHTS, _ORDER, _REFIT, _HELD_OUT, _PERMUTATIONS = range(6)  # what a seed is for
 
@@ -45,7 +46,7 @@ class Restarts:
 
     Attributes:
         n: How many tries there are at most.
-        subset: How many features a try draws; several are used in turn. None: all, .75, .5 and .35 of them.
+        subset: How many features a try draws: an int is the number, a float in (0, 1] the fraction; several are used in turn.
         together: How many tries are trained as one stack.
         held_out: The fraction of the examples that no try is trained on: the certificate is theirs.
         pretraining: Epochs before the features are annealed.
@@ -56,7 +57,7 @@ class Restarts:
     """
 
     n: int = 200
-    subset: int | Sequence[int] | None = None
+    subset: float | Sequence[float] = (1.0, 0.75, 0.5, 0.35)
     together: int = 8
     held_out: float = 0.2
     pretraining: int = 20
@@ -85,10 +86,10 @@ class Found:
 
     Attributes:
         features: The columns of ``x``, ascending.
-        certificate: Whether their loss on the held-out examples can be chance.
+        certificate: Whether their loss on the held-out examples can be chance; it cannot if ``certificate.holds``.
         n_tries: How many tries there were.
         network: A network trained on these features alone, in eval mode: call it with ``x[:, features]``.
-        rows: Every try and count: ``stack``, ``place``, ``subset``, ``count``, ``features`` and its held-out ``loss``.
+        rows: Every try and count: ``stack``, ``place``, ``subset``, ``count``, ``features``, and the held-out ``loss``.
     """
 
     features: tuple[int, ...]
@@ -99,19 +100,21 @@ class Found:
 
     def __str__(self) -> str:
         it = self.certificate
-        verdict = "labels depend on them" if it.holds else "NOT certified, it can be chance"
+        found = f"{len(self.features)} features after {self.n_tries} tries: {list(self.features)}"
+        if not it.holds:
+            found = f"nothing is certain after {self.n_tries} tries; the lowest loss is that of {list(self.features)}"
+        verdict = "labels depend on some of them" if it.holds else "it can be chance"
         return (
-            f"{len(self.features)} features after {self.n_tries} tries: {list(self.features)}\n"
-            f"held-out loss {it.loss:.4g}, by chance {it.chance_loss:.4g} +- {it.chance_spread:.2g}; "
-            f"p = {it.p_value:.2g}, level {it.level:.2g}: {verdict}"
+            f"{found}\nheld-out loss {it.loss:.4g}, by chance {it.chance_loss:.4g} +- {it.chance_spread:.2g}; "
+            f"p = {it.p_value:.2g}, needed {it.level:.2g} or less: {verdict}"
         )
 
 
 def find_features(
     network: Callable[[int], LightningModule],
     trainer: Callable[..., Trainer],
-    x: Tensor,
-    y: Tensor,
+    x: Any,
+    y: Any,
     n_features: int | Sequence[int],
     *,
     restarts: Restarts | None = None,
@@ -137,8 +140,9 @@ def find_features(
             mean loss; `stack` says what it may do.
         trainer: ``Trainer``, or a function that takes its arguments, as ``partial(Trainer, accelerator="gpu")`` does; its
             epochs, callbacks, logger and checkpoints are those of the search.
-        x: The examples, float32 or float64 ``(n, p)``.
-        y: Their labels, ``(n, ...)``.
+        x: The examples, ``(n, p)``, a tensor, array or DataFrame; its columns must be alike in scale (standardised, say), as
+            features are ranked by the norms of their columns of weights.
+        y: Their labels, ``(n, ...)``, likewise. Both get the network's floating-point type.
         n_features: How many features are wanted. Several: the number with the lowest held-out loss.
         restarts: How many tries there are, and how long they train; None: as ``Restarts()`` says.
         seed: Of everything that is random.
@@ -149,22 +153,29 @@ def find_features(
         console: Where the progress bar is drawn, as in ``sweep``.
 
     Returns:
-        The features with the lowest loss on the held-out examples.
+        The features with the lowest loss on the held-out examples. That loss is the lowest of many tries, so it is no
+        estimate for new examples: keep a test set of your own.
 
     Raises:
         ValueError: If an argument is out of range, or it cannot be told which layer of the network reads the features.
+        RuntimeError: If a stack of tries cannot be trained.
 
     Reference:
         The annealing of features: Barbu, She, Ding, Gramajo: Feature Selection with Annealing for Computer Vision and Big
         Data Learning, Algorithm 1.
     """
     restarts = restarts or Restarts()
-    x, y = x.detach().cpu(), y.detach().cpu()
+    x, y = _tensor(x), _tensor(y)
     counts = _counts(n_features)
-    _check(x, y, counts, seed)
+    _check(network, trainer, x, y, counts, seed)
     subsets = _subsets(restarts.subset, x.shape[1], counts[0])
-    weight, can_drop = _first_weight(_seeded(0, partial(network, subsets[0])), x[:4, : subsets[0]])
-    search = _Search(network, trainer, x, y, weight, can_drop, counts, restarts, seed)
+    first = _seeded(0, partial(network, subsets[0]))
+    dtype = next(first.parameters()).dtype
+    x, y = x.to(dtype), y.to(dtype) if y.is_floating_point() else y
+    _try_out(first, x[:4, : subsets[0]], y[:4])
+    description = describe(first)
+    weight, can_drop = _first_weight(first, x[:4, : subsets[0]])
+    search = _Search(network, trainer, x, y, weight, can_drop, counts, restarts, seed, description)
     with tempfile.TemporaryDirectory() as temporary:
         options: dict[str, Any] = {"n_jobs": n_jobs, "backend": backend, "console": console}
         rows, certificate = _try_until_certified(search, search.stacks(subsets), folder or temporary, options)
@@ -188,7 +199,10 @@ def _try_until_certified(
     for first in range(0, len(settings), n_at_once):
         some = settings[first : first + n_at_once]
         title = f"tries until {min((some[-1]['stack'] + 1) * restarts.together, restarts.n)} of {restarts.n}"
-        found = sweep(partial(_run_stack, search), some, folder, title=title, **options)
+        try:
+            found = sweep(partial(_run_stack, search), some, folder, title=title, **options)
+        except SweepError as error:
+            raise RuntimeError(f"a stack of tries failed: {error.failures[0].error}") from error
         for setting in some:
             rows += [row for row in found if row["stack"] == setting["stack"]]
             if (certificate := search.certify(rows)).holds:
@@ -218,14 +232,15 @@ class _Search:
     counts: tuple[int, ...]
     restarts: Restarts
     seed: int
+    description: str
 
     def stacks(self, subsets: Sequence[int]) -> list[dict[str, Any]]:
         """Divide the tries into stacks; the setting of each tells searches apart."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(self.description.encode())
         for tensor in (self.x, self.y):
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
         plan = {key: getattr(self.restarts, key) for key in ("pretraining", "annealing", "batch_size", "held_out")}
-        shared = {"data": digest.hexdigest(), "counts": list(self.counts), "seed": self.seed, **plan}
+        shared = {"key": digest.hexdigest(), "counts": list(self.counts), "seed": self.seed, **plan}
         together, n = self.restarts.together, self.restarts.n
         return [
             {
@@ -424,26 +439,53 @@ def _counts(n_features: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(counts, reverse=True))
 
 
-def _check(x: Tensor, y: Tensor, counts: Sequence[int], seed: int) -> None:
-    if x.ndim != 2 or x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"x has shape {tuple(x.shape)} and type {x.dtype}; allowed are float32 or float64, (n, p)")
+def _tensor(values: Any) -> Tensor:
+    tensor = values if isinstance(values, Tensor) else torch.tensor(np.asarray(values))
+    return tensor.detach().cpu()
+
+
+def _check(network: Any, trainer: Any, x: Tensor, y: Tensor, counts: Sequence[int], seed: int) -> None:
+    if isinstance(network, nn.Module) or not callable(network):
+        raise ValueError(
+            f"network is a {type(network).__name__}; allowed is a class or function of the number of features"
+        )
+    if not callable(trainer):
+        raise ValueError(f"trainer is a {type(trainer).__name__}; allowed is the class Trainer, or a function as it")
+    ours = {"max_epochs", "callbacks", "logger", "log_every_n_steps", "enable_checkpointing"}
+    if isinstance(trainer, partial) and (given := sorted(ours & set(trainer.keywords))):
+        raise ValueError(f"trainer: {given[0]} is given, which the search says itself; allowed are other arguments")
+    if x.ndim != 2 or not x.is_floating_point():
+        raise ValueError(f"x has shape {tuple(x.shape)} and type {x.dtype}; allowed are floats, (n, p)")
     if y.ndim < 1 or len(y) != len(x):
         raise ValueError(f"y has shape {tuple(y.shape)}; allowed is one label for each of the {len(x)} rows of x")
     if len(x) < 4:
         raise ValueError(f"x has {len(x)} rows; allowed is 4 or more, of which some are held out")
+    if not x.isfinite().all():
+        columns = (~x.isfinite().all(dim=0)).nonzero().flatten().tolist()
+        raise ValueError(f"x has values that are not finite in columns {columns[:10]}; allowed are numbers")
     if not all(1 <= count < x.shape[1] for count in counts):
         raise ValueError(f"n_features is {list(counts)}; allowed are 1 to {x.shape[1] - 1}, fewer than x has columns")
     if seed < 0:
         raise ValueError(f"seed is {seed}; allowed is an int >= 0")
+    spread, mean = torch.std_mean(x.double(), dim=0)
+    spread, mean = spread[spread > 0], mean[spread > 0].abs()
+    if len(spread) and (spread.max() > MAX_SCALE * spread.min() or (mean > MAX_SCALE * spread).any()):
+        warnings.warn(
+            f"x has columns whose standard deviations are from {spread.min():.2g} to {spread.max():.2g} and whose means are "
+            f"up to {mean.max():.2g}: features are ranked by the norms of their weights, so scale the columns alike first",
+            stacklevel=3,
+        )
 
 
-def _subsets(subset: int | Sequence[int] | None, p: int, most: int) -> list[int]:
-    if subset is None:
-        return sorted({max(most + 1, round(fraction * p)) for fraction in SUBSETS}, reverse=True)
-    sizes = [subset] if isinstance(subset, int) else list(subset)
-    if not sizes or not all(most < size <= p for size in sizes):
-        raise ValueError(f"subset is {subset}; allowed is more than the {most} features wanted, up to {p}")
-    return sizes
+def _subsets(subset: float | Sequence[float], p: int, most: int) -> list[int]:
+    """Turn what a user wants to draw into numbers of features, more than are wanted."""
+    wanted = list(subset) if isinstance(subset, Sequence) else [subset]
+    sizes = [max(most + 1, round(one * p)) if isinstance(one, float) and 0 < one <= 1 else one for one in wanted]
+    if not sizes or not all(type(size) is int and most < size <= p for size in sizes):
+        raise ValueError(
+            f"subset is {subset}; allowed is more than the {most} features wanted, up to {p}, or a fraction in (0, 1]"
+        )
+    return [int(size) for size in dict.fromkeys(sizes)]
 
 
 def _first_weight(network: LightningModule, x: Tensor) -> tuple[str, bool]:
@@ -456,6 +498,13 @@ def _first_weight(network: LightningModule, x: Tensor) -> tuple[str, bool]:
         )
     network.get_parameter(first[0]).detach()[:, ::2] = 0
     return first[0], compact(network, x, batch_sizes=()).features is not None
+
+
+def _try_out(network: LightningModule, x: Tensor, y: Tensor) -> None:
+    """Let a network by itself compute the loss of a batch, so that what it cannot do is said by itself."""
+    with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng():
+        warnings.filterwarnings("ignore", message=".*self.trainer. reference is not registered")
+        network.training_step((x, y), 0)
 
 
 def _seeded(seed: int, build: Callable[[], LightningModule]) -> LightningModule:

@@ -60,6 +60,8 @@ def stack(members: Sequence[M], seeds: Sequence[int] | None = None) -> M:
         >>> torch.allclose(stacked(x)[2], nets[2](x[2]), atol=1e-6)
         True
     """
+    if isinstance(members, nn.Module) or not all(isinstance(one, nn.Module) for one in members):
+        raise TypeError("members is a module, or has what is none; allowed is a list of modules")
     if not members:
         raise ValueError("members is empty; allowed is at least one module")
     seeds = range(len(members)) if seeds is None else seeds
@@ -157,9 +159,16 @@ class Stacked(nn.Module):
         tensors = {f"stacked.{name}": x for name, x in [*self.named_parameters(), *self.named_buffers()]}
         dims = tree_map(lambda x: 0 if isinstance(x, Tensor) else None, (args, kwargs))
         with self._members_run() as logged, _MemberDropout(self._stack.generators if self.training else []):
-            found, values = vmap(
-                lambda own, given: functional_call(runner, own, given), in_dims=(dict.fromkeys(tensors, 0), dims)
-            )(tensors, (args, kwargs))
+            run = vmap(lambda own, given: functional_call(runner, own, given), (dict.fromkeys(tensors, 0), dims))
+            try:
+                found, values = run(tensors, (args, kwargs))
+            except (RuntimeError, ValueError) as error:
+                if "vmap" not in str(error):
+                    raise
+                raise RuntimeError(
+                    f"the members of a stack cannot run {member_method} together; allowed in it are operations on tensors "
+                    f"that are not random (but dropout), and no metrics or numbers taken from tensors: {error}"
+                ) from error
         if self.training:
             sizes = [x.shape[1] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim > 1]
             for name, value in values.items():
@@ -398,11 +407,23 @@ def _check(one: nn.Module, first: nn.Module, place: int) -> None:
 
 
 def _modules(module: nn.Module) -> dict[str, str]:
-    """Describe the parts of a module by name."""
-    return {
-        name: f"{type(part).__name__}({part.extra_repr()}) in {'training' if part.training else 'eval'} mode"
-        for name, part in module.named_modules()
+    """Describe the parts of a module by name: what they are, and their attributes that are numbers or words."""
+    return {name: _described(part) for name, part in module.named_modules()}
+
+
+def _described(part: nn.Module) -> str:
+    simple = {
+        key: value
+        for key, value in [*vars(part).items(), *dict(getattr(part, "hparams", {})).items()]
+        if not key.startswith("_") and key != "training" and isinstance(value, int | float | str | tuple)
     }
+    mode = "training" if part.training else "eval"
+    return f"{type(part).__name__}({part.extra_repr()}) in {mode} mode with {simple}"
+
+
+def describe(module: nn.Module) -> str:
+    """Describe a module's class, parts, attributes, and parameters, but for their values."""
+    return repr((type(module).__module__, _modules(module), _tensors(module)))
 
 
 def _tensors(module: nn.Module) -> dict[str, str]:

@@ -210,7 +210,7 @@ def test_members_that_drop_everything_or_nothing() -> None:
 
 
 def test_a_random_operation_besides_dropout_is_refused_by_torch() -> None:
-    with pytest.raises(RuntimeError, match="random"):
+    with pytest.raises(RuntimeError, match=r"the members of a stack cannot run forward together; .*random"):
         stack([Noisy(), Noisy()])(torch.zeros(2, 3, 4))
 
 
@@ -299,6 +299,14 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "another rate": (lambda: stack([nn.Dropout(0.1), nn.Dropout(0.2)]), ValueError, "p=0.2.*p=0.1"),
     "another mode": (lambda: stack([nn.ReLU(), nn.ReLU().eval()]), ValueError, "in eval mode.*in training mode"),
     "another type": (lambda: stack([nn.Linear(2, 3), nn.Linear(2, 3).double()]), ValueError, "float64.*float32"),
+    "another attribute": (
+        lambda: stack(members(n=1) + members(optimizer="SGD", n=1)),
+        ValueError,
+        "'optimizer': 'SGD'.*'optimizer': 'Adam'",
+    ),
+    "a module": (lambda: stack(nn.ReLU()), TypeError, "members is a module, or has what is none"),  # type: ignore[arg-type]
+    "a class": (lambda: stack([nn.ReLU]), TypeError, "allowed is a list of modules"),  # type: ignore[type-var]
+    "a loader": (lambda: member_loader([[1]], batch_size=1, seeds=[0]), TypeError, "allowed is a list of tensors"),  # type: ignore[list-item]
     "frozen": (
         lambda: stack([nn.Linear(2, 3), nn.Linear(2, 3).requires_grad_(False)]),
         ValueError,
@@ -380,7 +388,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], list[Any], type[Exception], str]] 
         {},
         [SETRewiring({"net.0.weight": 0.5})],
         ValueError,
-        "or of a stack; allowed are weights",
+        "belongs to a stack; allowed are weights of single",
     ),
     "tickets": (Classifier, {}, [TicketRewind({"net.0.weight": 0.5}, epochs=1)], ValueError, "the module is a stack"),
     "activations": (

@@ -537,7 +537,9 @@ def _refuse_to_shrink(trainer: Trainer, pl_module: LightningModule) -> None:
         why = "the module is a stack, whose members lose different units"
     why = why or averaging(trainer)
     if why is not None:
-        raise ValueError(f"shrink is True, but {why}; allowed is shrink=False, and compact() after the fit")
+        raise ValueError(
+            f"shrink is True, but {why}; allowed is shrink=False, and compact() after the fit (of a member of a stack)"
+        )
 
 
 def averaging(trainer: Trainer) -> str | None:

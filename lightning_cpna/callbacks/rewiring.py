@@ -140,9 +140,8 @@ class SETRewiring(SparsityCallback):
         found = [target for group in resolve(pl_module, self.targets).values() for target in group]
         for target in found:
             if target.axes.input is None or target.axes.member is not None:
-                raise ValueError(
-                    f"targets: {target.name!r} is no weight of a layer, or of a stack; allowed are weights"
-                )
+                what = "belongs to a stack" if target.axes.member is not None else "is no weight of a layer"
+                raise ValueError(f"targets: {target.name!r} {what}; allowed are weights of single networks")
             sparsity.add_mask(target.name)
         self._refuse_more(sparsity, pl_module)
         return [
