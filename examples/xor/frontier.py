@@ -41,7 +41,7 @@ RESTARTS = {  # chosen: subsets and budgets, with three hundred examples held ou
         5: [(30, 60, 25), (40, 200, 25), (50, 300, 25)],
     }.items()
 }
-PLAIN = {3: [60, 80, 100, 200], 4: [40, 50, 60], 5: [20, 25, 30]}
+PLAIN = {3: [60, 80, 100, 200], 4: [40, 50], 5: [20, 25]}
 PLAIN_HIDDEN = {3: 1024, 4: 2048, 5: 1024}
 
 
@@ -53,7 +53,7 @@ class Size(NamedTuple):
     most: int
 
 
-SIZES = {"quick": Size(1, 1, 0), "reduced": Size(3, 10, 3), "full": Size(10, 10, 10)}
+SIZES = {"quick": Size(1, 1, 0), "reduced": Size(3, 10, 2), "full": Size(10, 10, 10)}
 
 
 def restarts(*, k: int, p: int, data_seed: int) -> Row:
