@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -22,6 +23,7 @@ def parse(
     sizes: dict[str, str] | None = None,
     seeds: int | None = None,
     data: bool = False,
+    problems: Callable[[Path | None], list[str]] | None = None,
 ) -> argparse.Namespace:
     """Read the command line.
 
@@ -32,6 +34,7 @@ def parse(
         sizes: As in `add_sizes`, if there are sizes.
         seeds: How many seeds are the default, if that can be chosen.
         data: Whether there is a data folder.
+        problems: From the data folder to the names of what can be chosen, if something can.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     if sizes is not None:
@@ -39,8 +42,17 @@ def parse(
     if seeds is not None:
         parser.add_argument("--seeds", type=at_least(1), default=seeds, help=f"how many seeds (default: {seeds})")
     add_sweep_arguments(parser, f"runs/{'_'.join(module.split('.')[1:])}", data=data)
+    if problems is not None:
+        parser.add_argument(
+            "--problems", nargs="+", metavar="NAME", help="the data sets (default: all that can be had)"
+        )
     parser.add_argument("--readme", type=Path, help="a file with the marks of the table")
     args = parser.parse_args(arguments)
+    if problems is not None:
+        known = problems(args.data)
+        args.problems = args.problems or known
+        if unknown := [name for name in args.problems if name not in known]:
+            parser.error(f"argument --problems: {unknown[0]!r} is not among {', '.join(known)}")
     args.is_quick = sizes is not None and args.size == "quick"
     if args.readme:
         if args.is_quick:

@@ -64,7 +64,7 @@ class Restarts:
     annealing: int = 60
     refit: int = 30
     batch_size: int = 256
-    level: float = 0.001
+    level: float = 1e-4  # chosen: two hundred searches of noise should not have one
 
     def __post_init__(self) -> None:
         for name in ("n", "together", "pretraining", "annealing", "refit", "batch_size"):

@@ -15,13 +15,12 @@ pytest.importorskip("lassonet", reason="the extra 'compare' is not installed")
 from sklearn.metrics import accuracy_score, roc_auc_score
 
 from examples.compare import __main__ as compare
-from examples.compare import networks
 from examples.compare.methods import Fitted
 from examples.compare.problems import held_out, load
 from examples.data import Split
 
 SMALL = {
-    "epochs": 4, "hidden": 16, "width": 40, "units": 4, "inputs": 4, "batch_size": 32, "features": 4, "tries": 2, "most": 4,
+    "steps": 200, "hidden": 16, "width": 40, "units": 4, "inputs": 4, "batch_size": 32, "features": 4, "tries": 2, "most": 4,
     "max_iter": 100, "n_estimators": 20, "lr": 1e-2,
 }  # fmt: skip
 
@@ -37,8 +36,7 @@ def blobs(n: int = 120) -> Split:
 @pytest.mark.parametrize(
     "method", [pytest.param(it, marks=pytest.mark.slow) if it == "LassoNet" else it for it in compare.METHODS]
 )
-def test_every_method_learns_blobs_and_says_what_it_reads(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(networks, "MIN_STEPS", 200)
+def test_every_method_learns_blobs_and_says_what_it_reads(method: str) -> None:
     space, fit = compare.METHODS[method]
     settings = {name: SMALL.get(name, values[0]) for name, values in space.items()}
     settings |= {"C": 1.0} if "C" in space else {}
@@ -84,15 +82,22 @@ def test_what_is_held_out_is_a_quarter_of_each_class_and_no_test_data() -> None:
     assert not (data.test.x[:, None, :3] == data.train.x[None, :, :3]).all(dim=2).any()
 
 
-def test_the_table_from_rows_made_by_hand() -> None:
+def test_the_tables_from_rows_made_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "METHODS", {method: compare.METHODS[method] for method in ("XGBoost", "SET")})
+    common = {"features": 4, "parameters": 1000, "fit_seconds": 2.0, "predict_seconds": 0.0015}
     rows = [
-        {"problem": "a", "method": method, "test": test}
-        for method, test in (("XGBoost", 90.0), ("XGBoost", 92.0), ("SET", 80.0), ("SET", 80.0))
+        {"problem": problem, "method": method, "test": test, **common, **known}
+        for problem, known in (("a", {}), ("b", {"precision": 0.5, "recall": 1.0}))
+        for method, tests in (("XGBoost", (90.0, 92.0)), ("SET", (80.0, 80.0)))
+        for test in tests
     ]
+    rows[-1] |= {"precision": 0.25, "recall": 0.5, "fit_seconds": 6.0}
     lines = compare.table(rows).splitlines()
-    assert lines[0] == "| | a |"
-    assert "| XGBoost | **91.0 ± 1.4** |" in lines
-    assert "| SET | 80.0 ± 0.0 |" in lines
+    assert "| a | **91.0 ± 1.4** | 80.0 ± 0.0 |" in lines
+    assert "| features: precision / recall | b |" in lines
+    assert "| SET | 4: 0.38 / 0.75 (all in 1 of 2) |" in lines
+    assert "| XGBoost | 1.0 | 2 | 4 | 1,000 | 2.0 (2) | 1.5 |" in lines
+    assert "| SET | 2.0 | 0 | 4 | 1,000 | 3.0 (6) | 1.5 |" in lines
 
 
 def test_a_repeat_counts_the_relevant_features(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,14 @@ import json
 import time
 from functools import partial
 from pathlib import Path
+from statistics import fmean, median
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
-from sklearn.model_selection import ParameterSampler
+from rich.console import Console
+from scipy.stats.qmc import LatinHypercube
 from threadpoolctl import threadpool_limits
 from torchmetrics.functional.classification import binary_auroc
 
@@ -17,13 +21,24 @@ from examples.arguments import run_sweep
 from examples.command import finish, parse
 from examples.compare.methods import OTHERS, Fitted, Settings
 from examples.compare.networks import DENSE, OURS
-from examples.compare.problems import held_out, load, present
+from examples.compare.problems import XOR, held_out, load, present
 from examples.data import Split
 from examples.results import Row, counted, mean_and_spread
+from lightning_cpna.sweeps import save_rows
 
 METHODS = DENSE | OTHERS | OURS
 FIRST_SEED = 6000  # of the splits that are reported; the one that is searched on is of the seed before
-SIZES = {"quick": (1, 1), "reduced": (6, 5), "full": (20, 10)}
+
+
+class Size(NamedTuple):
+    """How many trials of settings, splits, and data sets of each XOR problem."""
+
+    trials: int
+    splits: int
+    xor: int
+
+
+SIZES = {"quick": Size(1, 1, 1), "reduced": Size(6, 5, 10), "full": Size(20, 10, 20)}
 
 
 def measure(fitted: Fitted, split: Split) -> float:
@@ -35,8 +50,13 @@ def measure(fitted: Fitted, split: Split) -> float:
 
 
 def drawn(method: str, trial: int, n_trials: int) -> Settings:
-    """Return the settings of a trial: the same trials for every data set."""
-    return dict(list(ParameterSampler(METHODS[method].space, n_trials, random_state=0))[trial])
+    """Return the settings of a trial, of a Latin hypercube: every value of every setting is tried as often.
+
+    They are the same trials for every data set.
+    """
+    space = METHODS[method].space
+    places = LatinHypercube(len(space), rng=np.random.default_rng(0)).random(n_trials)[trial]
+    return {name: values[int(place * len(values))] for (name, values), place in zip(space.items(), places, strict=True)}
 
 
 def search(*, problem: str, method: str, trial: int, n_trials: int, folder: Path | None) -> Row:
@@ -68,9 +88,10 @@ def repeat(*, problem: str, method: str, seed: int, settings: str, folder: Path 
         "predict_seconds": round(predict_seconds, 5),
     }
     if data.relevant is not None:
-        right = len(data.relevant & set(fitted.features))
-        row["precision"] = round(right / max(1, len(fitted.features)), 4)
-        row["recall"] = round(right / len(data.relevant), 4)
+        right = data.relevant & set(fitted.features)
+        row["precision"] = round(len(right) / max(1, len(fitted.features)), 4)
+        row["recall"] = round(len(right) / len(data.relevant), 4)
+        row["found"], row["missed"] = (" ".join(map(str, sorted(part))) for part in (right, data.relevant - right))
     return row
 
 
@@ -86,7 +107,7 @@ def best(rows: list[Row]) -> dict[tuple[str, str], str]:
 
 def draw(rows: list[Row]) -> Figure:
     """Draw the test results: a panel for each problem, a point for each split."""
-    problems = list(dict.fromkeys(row["problem"] for row in rows))
+    problems = _problems(rows)
     columns = min(4, len(problems))
     drawn = Figure(figsize=(3.2 * columns + 1.6, 2.6 * -(-len(problems) // columns)), layout="constrained")
     grid_of_axes = drawn.subplots(-(-len(problems) // columns), columns, sharey=True, squeeze=False).flat
@@ -104,42 +125,95 @@ def draw(rows: list[Row]) -> Figure:
 
 
 def table(rows: list[Row]) -> str:
-    """Return in Markdown the mean and spread of every method on every problem; the best mean is bold."""
+    """Return three tables in Markdown: the test results, the features where it is known which matter, and what it costs."""
+    return "\n\n".join([_results(rows), _features(rows), _costs(rows)])
+
+
+def _results(rows: list[Row]) -> str:
+    """Return the mean and spread of every method on every problem; the best mean is bold."""
     found = mean_and_spread(rows, ("problem", "method"), "test")
-    problems = list(dict.fromkeys(row["problem"] for row in rows))
-    lines = ["| | " + " | ".join(problems) + " |", "| --- |" + " ---: |" * len(problems)]
-    highest = {problem: max(mean for (name, _), (mean, _) in found.items() if name == problem) for problem in problems}
-    for method in METHODS:
+    lines = [f"| data set | {' | '.join(METHODS)} |", "| --- |" + " ---: |" * len(METHODS)]
+    for problem in _problems(rows):
+        highest = max(mean for (name, _), (mean, _) in found.items() if name == problem)
         cells = []
-        for problem in problems:
-            if (problem, method) not in found:
-                cells.append("")
-                continue
+        for method in METHODS:
             mean, spread = found[problem, method]
             text = f"{mean:.1f} ± {spread:.1f}"
-            cells.append(f"**{text}**" if mean == highest[problem] else text)
+            cells.append(f"**{text}**" if mean == highest else text)
+        lines.append(f"| {problem} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _features(rows: list[Row]) -> str:
+    """Return how many features are read, how many of these matter, and how many of those that matter are read."""
+    known = [
+        problem for problem in _problems(rows) if any("recall" in row for row in rows if row["problem"] == problem)
+    ]
+    lines = ["| features: precision / recall | " + " | ".join(known) + " |", "| --- |" + " ---: |" * len(known)]
+    for method in METHODS:
+        cells = []
+        for problem in known:
+            own = [row for row in rows if (row["problem"], row["method"]) == (problem, method)]
+            count, precision, recall = (fmean(row[key] for row in own) for key in ("features", "precision", "recall"))
+            complete = sum(row["recall"] == 1 for row in own)
+            cells.append(f"{count:.0f}: {precision:.2f} / {recall:.2f} (all in {complete} of {len(own)})")
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Search, repeat, write the results, and draw them."""
-    sizes = {name: f"{counted(trials, 'trial')} and {counted(n, 'split')}" for name, (trials, n) in SIZES.items()}
-    args = parse("examples.compare", __doc__, arguments, sizes=sizes, data=True)
-    n_trials, n_splits = SIZES[args.size]
-    torch.set_num_threads(1)
-    problems = present(args.data)
-    settings = [
-        {"problem": problem, "method": method, "trial": trial, "n_trials": n_trials}
+def _costs(rows: list[Row]) -> str:
+    """Return by method its mean rank, and medians over the problems of what it reads, holds, and takes."""
+    means = {key: mean for key, (mean, _) in mean_and_spread(rows, ("problem", "method"), "test").items()}
+    lines = [
+        "| method | mean rank | best on | features read | parameters | fit, s: median (max) | predict, ms |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    problems = _problems(rows)
+    ranks = {
+        (problem, method): 1 + sum(means[problem, other] > means[problem, method] for other in METHODS)
         for problem in problems
         for method in METHODS
-        for trial in range(n_trials)
+    }
+    for method in METHODS:
+        own = [ranks[problem, method] for problem in problems]
+        medians = {}
+        for value in ("features", "parameters", "fit_seconds", "predict_seconds"):
+            over = mean_and_spread([row for row in rows if row["method"] == method], ("problem",), value)
+            medians[value] = median(mean for mean, _ in over.values())
+        longest = max(row["fit_seconds"] for row in rows if row["method"] == method)
+        lines.append(
+            f"| {method} | {fmean(own):.1f} | {own.count(1)} | {medians['features']:,.0f} | {medians['parameters']:,.0f} "
+            f"| {medians['fit_seconds']:.1f} ({longest:.0f}) | {1000 * medians['predict_seconds']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def _problems(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(row["problem"] for row in rows))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Search, repeat, write the results, and draw them."""
+    sizes = {
+        name: f"{counted(it.trials, 'trial')}, {counted(it.splits, 'split')}, {it.xor} of XOR"
+        for name, it in SIZES.items()
+    }
+    args = parse("examples.compare", __doc__, arguments, sizes=sizes, data=True, problems=present)
+    size = SIZES[args.size]
+    torch.set_num_threads(1)
+    settings = [
+        {"problem": problem, "method": method, "trial": trial, "n_trials": size.trials}
+        for problem in args.problems
+        for method in METHODS
+        for trial in range(size.trials)
     ]
-    chosen = best(run_sweep(args, partial(search, folder=args.data), settings, title="search"))
+    searched = run_sweep(args, partial(search, folder=args.data), settings, title="search")
+    Console().print(f"searched: {save_rows(searched, args.out / 'search.csv')}")
+    chosen = best(searched)
     again = [
         {"problem": problem, "method": method, "seed": seed, "settings": chosen[problem, method]}
         for problem, method in chosen
-        for seed in range(FIRST_SEED, FIRST_SEED + n_splits)
+        for seed in range(FIRST_SEED, FIRST_SEED + (size.xor if problem in XOR else size.splits))
     ]
     rows = run_sweep(args, partial(repeat, folder=args.data), again, title="splits")
     finish(args, "examples.compare", rows, draw(rows), table(rows))

@@ -109,14 +109,15 @@ def lassonet(settings: Settings, train: Split, n_classes: int, seed: int) -> Fit
 
 
 OTHERS: dict[str, Method] = {
-    "L1 logistic regression": Method(
-        {"C": [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0], "max_iter": [200]}, logistic
+    "L1 logistic regression": Method({"C": [0.003, 0.01, 0.03, 0.1, 1.0, 10.0], "max_iter": [200]}, logistic),
+    "random forest": Method(
+        {"max_features": ["sqrt", 0.03, 0.05, 0.1, 0.2, 0.5], "min_samples_leaf": [1, 3, 10]}, forest
     ),
-    "random forest": Method({"max_features": ["sqrt", 0.1, 0.3, 1.0], "min_samples_leaf": [1, 3, 10]}, forest),
     "HistGradientBoosting": Method(
         {
             "learning_rate": [0.03, 0.1, 0.3],
             "max_iter": [100, 300],
+            "min_samples_leaf": [5, 20],
             "max_leaf_nodes": [15, 31, 63],
             "l2_regularization": [0.0, 1.0],
         },
@@ -125,11 +126,11 @@ OTHERS: dict[str, Method] = {
     "XGBoost": Method(
         {
             "learning_rate": [0.03, 0.1, 0.3],
-            "n_estimators": [100, 300, 1000],
+            "n_estimators": [100, 300],
             "max_depth": [3, 6, 9],
             "subsample": [0.7, 1.0],
         },
         xgboost,
     ),
-    "LassoNet": Method({"hidden": [64, 256], "M": [1.0, 10.0, 100.0, 1000.0]}, lassonet),
+    "LassoNet": Method({"hidden": [64, 256], "M": [0.3, 1.0, 3.0, 10.0, 100.0, 1000.0]}, lassonet),
 }

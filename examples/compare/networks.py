@@ -17,14 +17,14 @@ from examples.features.networks import Classifier
 from examples.quiet import silence
 from examples.xor.problem import Phase, PhaseBatches, Phases
 from examples.xor.recipes import Recipe, callbacks, features, hidden_by_score, inputs
-from lightning_cpna import EpochFraction, Growth, NeuronPruning, Restarts, SETRewiring, SparseLinear, find_features
+from lightning_cpna import Geometric, Growth, NeuronPruning, Restarts, SETRewiring, SparseLinear, find_features
 
-MIN_STEPS = 2000  # chosen: small sets are passed over as often as this takes
 LATE_DECAY = 1e-4  # chosen on XOR: what is left late must fit more than it must shrink
+REWIRINGS = 100  # chosen: of a run
 
 
-def _epochs(epochs: int, n: int, batch_size: int, least: int = MIN_STEPS) -> int:
-    return max(epochs, least // -(-n // batch_size))
+def _epochs(steps: float, n: int, batch_size: int) -> int:
+    return max(1, round(steps / -(-n // batch_size)))
 
 
 def _fitted(module: nn.Module) -> Fitted:
@@ -67,10 +67,9 @@ def dense(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted
     n, p = train.x.shape
     module = Classifier(p, n_classes, settings["hidden"])
     size, lr, decay = settings["batch_size"], settings["lr"], settings["weight_decay"]
-    epochs = _epochs(settings["epochs"], n, size)
     recipe: Recipe = [
-        (Phase(epochs * 2 // 3, size, lr, decay), None),
-        (Phase(epochs // 3, size, lr, decay, lr / 30), None),
+        (Phase(_epochs(settings["steps"] * 2 / 3, n, size), size, lr, decay), None),
+        (Phase(_epochs(settings["steps"] / 3, n, size), size, lr, decay, lr / 30), None),
     ]
     _train(module, train, recipe, seed, [])
     return _fitted(module)
@@ -84,20 +83,20 @@ def cpna(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
     n_out = settings["units"] * n_classes
     n_in = settings["units"] * settings["inputs"]
 
-    def phase(epochs: int, lr: float, weight_decay: float, lr_end: float | None = None) -> Phase:
-        return Phase(_epochs(epochs, n, size, MIN_STEPS * epochs // 400), size, lr, weight_decay, lr_end)
+    def phase(fraction: float, lr: float, weight_decay: float, lr_end: float | None = None) -> Phase:
+        return Phase(_epochs(fraction * settings["steps"], n, size), size, lr, weight_decay, lr_end)
 
-    recipe: Recipe = [(phase(60, lr, decay), None)]
+    recipe: Recipe = [(phase(0.15, lr, decay), None)]
     if "features" in settings:
         if settings["features"] < p:
-            recipe.append((phase(40, lr, decay), features(settings["features"])))
+            recipe.append((phase(0.1, lr, decay), features(settings["features"])))
     else:  # single connections, interleaved: wide layers must not be cut to their ends at once
-        recipe.append((phase(60, lr / 3, LATE_DECAY), hidden_by_score(4 * n_out)))
-        recipe.append((phase(120, lr, decay), inputs(4 * n_in, exponent=12)))
+        recipe.append((phase(0.15, lr / 3, LATE_DECAY), hidden_by_score(4 * n_out)))
+        recipe.append((phase(0.3, lr, decay), inputs(4 * n_in, exponent=12)))
     recipe += [
-        (phase(100, lr / 3, LATE_DECAY), hidden_by_score(n_out)),
-        (phase(100, lr, LATE_DECAY), inputs(n_in, exponent=0 if "features" in settings else 8)),
-        (phase(60, lr, LATE_DECAY / 10, lr / 100), None),
+        (phase(0.25, lr / 3, LATE_DECAY), hidden_by_score(n_out)),
+        (phase(0.25, lr, LATE_DECAY), inputs(n_in, exponent=0 if "features" in settings else 8)),
+        (phase(0.15, lr, LATE_DECAY / 10, lr / 100), None),
     ]
     module = Classifier(p, n_classes, settings["hidden"])
     _train(module, train, recipe, seed, callbacks(recipe, n, shrink=True))
@@ -114,7 +113,7 @@ def restarts(settings: Settings, train: Split, n_classes: int, seed: int) -> Fit
     trainer, quiet = partial(pl.Trainer, accelerator="cpu"), Console(quiet=True)
     found = find_features(network, trainer, *train, counts, restarts=plan, seed=seed, console=quiet)
     places = torch.tensor(found.features)
-    own = {"hidden": 256, "features": len(places), "weight_decay": 1e-3, "units": 32, "inputs": 4}
+    own = {"hidden": 256, "features": len(places), "weight_decay": 1e-3, "units": 64, "inputs": 4, "steps": 12000}
     fitted = cpna(settings | own, Split(train.x[:, places], train.y), n_classes, seed)
     return Fitted(lambda x: fitted.scores(x[:, places]), places[fitted.features].tolist(), fitted.parameters)
 
@@ -152,19 +151,19 @@ class SparseMLP(pl.LightningModule):
 
 
 def evolved(settings: Settings, train: Split, n_classes: int, seed: int, *, neurons: bool = False) -> Fitted:
-    """Train a sparse network by SET; with ``neurons`` by NPSET, which removes a fraction of the units in early epochs."""
+    """Train a sparse network by SET; with ``neurons`` by NPSET, which removes four fifths of the units in the first half."""
     silence()
     pl.seed_everything(seed, verbose=False)
     n, p = train.x.shape
     hidden = ["net.1.weight", "net.3.weight"]
     module = SparseMLP(p, n_classes, settings)
-    pruning: list[Any] = [SETRewiring(hidden, zeta=0.3, growth=Growth("random"))]
-    epochs = _epochs(settings["epochs"], n, settings["batch_size"])
+    pruning: list[Any] = [SETRewiring(hidden, zeta=0.3, growth=Growth("random"), every=settings["steps"] // REWIRINGS)]
     if neurons:
-        schedule = EpochFraction(alpha=0.04, first=10, last=min(50, epochs // 2))
-        pruning.append(NeuronPruning(hidden, schedule=schedule, score="out_degree", compensate=None))
+        schedule, remain = Geometric(0.1, 0.5), dict.fromkeys(hidden, 0.2)
+        pruning.append(NeuronPruning(remain, schedule=schedule, score="out_degree", compensate=None))
     trainer = pl.Trainer(
-        max_epochs=epochs,
+        max_steps=settings["steps"],
+        max_epochs=-1,
         accelerator="cpu",
         callbacks=pruning,
         logger=False,
@@ -177,31 +176,32 @@ def evolved(settings: Settings, train: Split, n_classes: int, seed: int, *, neur
     return _fitted(module)
 
 
-NETWORK: dict[str, list[Any]] = {"batch_size": [32, 64, 256], "lr": [1e-2, 3e-3, 1e-3]}
+NETWORK: dict[str, list[Any]] = {"batch_size": [64, 256], "lr": [1e-2, 3e-3, 1e-3]}
 CPNA: dict[str, list[Any]] = {
     **NETWORK,
+    "steps": [1000, 4000, 12000],
     "hidden": [256, 1024],
-    "weight_decay": [1e-3, 3e-4, 1e-4],
+    "weight_decay": [1e-3, 3e-4],
     "units": [16, 32, 64],
     "inputs": [4, 8, 16],
 }
 SPARSE: dict[str, list[Any]] = {
     **NETWORK,
+    "steps": [1000, 4000, 12000],
     "width": [500, 1000],
     "epsilon": [5.0, 10.0, 20.0],
     "dropout": [0.0, 0.3],
     "weight_decay": [1.0, 0.1, 0.01],
-    "epochs": [100, 200],
 }
 OURS: dict[str, Method] = {
-    "CPNA, features": Method({**CPNA, "features": [3, 4, 5, 10, 20, 50]}, cpna),
+    "CPNA, features": Method({**CPNA, "features": [4, 5, 10, 20, 50, 100]}, cpna),
     "CPNA, connections": Method(CPNA, cpna),
-    "restarts": Method({**NETWORK, "most": [4, 8, 20, 50], "fraction": [0.5, 1.0], "tries": [16, 64]}, restarts),
+    "restarts": Method({**NETWORK, "most": [5, 10, 20, 50], "fraction": [0.5, 1.0], "tries": [16, 32]}, restarts),
     "SET": Method(SPARSE, evolved),
     "NPSET": Method(SPARSE, partial(evolved, neurons=True)),
 }
 DENSE: dict[str, Method] = {
     "dense network": Method(
-        {**NETWORK, "hidden": [64, 256, 1024], "weight_decay": [1e-2, 1e-3, 1e-4], "epochs": [100, 200]}, dense
+        {**NETWORK, "hidden": [64, 256, 1024], "weight_decay": [1e-2, 1e-3, 1e-4], "steps": [1000, 4000, 12000]}, dense
     )
 }

@@ -38,8 +38,8 @@ class Problem(NamedTuple):
 
 
 PROBLEMS = {
-    "xor": Problem("4-D XOR, p=60, n=3000", [4], Restarts(16, 40)),
-    "asu": Problem("Lung-discrete, p=325, n=48", [50, 20, 10, 5], Restarts(16, batch_size=16)),
+    "xor": Problem("4-D XOR, p=60, n=3000", [4], Restarts(16, 40, level=0.001)),
+    "asu": Problem("Lung-discrete, p=325, n=48", [50, 20, 10, 5], Restarts(16, batch_size=16, level=0.001)),
 }
 
 

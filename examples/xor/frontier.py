@@ -34,7 +34,7 @@ TAILS = {
 LEARNED = 90.0  # chosen: the test AUC that a run without restarts must have to count as a success
 METHODS = {"cpna_all": "CPNA", "fsa_cpna": "FSA + CPNA", "restarts": "restarts"}
 RESTARTS = {  # chosen: subsets and budgets, with three hundred examples held out
-    k: {p: Restarts(n, subset, held_out=0.1) for p, n, subset in sizes}
+    k: {p: Restarts(n, subset, held_out=0.1, level=0.001) for p, n, subset in sizes}
     for k, sizes in {
         3: [(100, 40, 80), (200, 150, 80), (400, 300, 120)],
         4: [(60, 150, 40), (80, 250, 40), (100, 400, 40)],
