@@ -1,16 +1,17 @@
-# `make demo` trains the XOR networks; `make test` runs ruff, mypy and the fast tests. Both make the environment first.
+# `make demo` trains the XOR networks; `make test` runs ruff, mypy and the fast tests, and builds the site. Both make the
+# environment first.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: env demo test test-slow benchmark results results-figures results-saliency results-asu results-tickets results-uci results-landscape results-features results-compare format clean
+.PHONY: env demo test test-slow docs benchmark results results-figures results-saliency results-asu results-tickets results-uci results-landscape results-features results-compare format clean
 
 env: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[compare,analysis,structured,cli,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[compare,analysis,structured,cli,docs,dev]'
 	touch $@
 
 demo: env
@@ -21,10 +22,15 @@ test: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 test-slow: env
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray]'
 	$(BIN)/pytest -m slow
+
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "the site: runs/site/index.html"
 
 benchmark: env
 	$(BIN)/pytest -m benchmark -s tests/benchmarks

@@ -1,4 +1,4 @@
-"""The README's code runs and its table is the one that the committed results give."""
+"""The code of the README and the site runs, and the README's table is the one that the committed results give."""
 
 from __future__ import annotations
 
@@ -12,15 +12,22 @@ from examples.readme import fill
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+PAGES = ["README.md", *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md")))]
 
 
-@pytest.mark.parametrize("position", [i for i, block in enumerate(BLOCKS) if "trainer.fit(model, loader)" not in block])
-def test_a_block_of_code_runs(position: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def blocks(page: str) -> list[str]:
+    """Return a page's code, less what begins with a model that is not there."""
+    found = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    return [block for block in found if "trainer.fit(model, loader)  # any" not in block]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     space: dict[str, Any] = {}
-    exec(compile(BLOCKS[position], f"README.md, block {position}", "exec"), space)
-    if "pruning" in space:
+    for position, block in enumerate(blocks(page)):
+        exec(compile(block, f"{page}, block {position}", "exec"), space)
+    if page in ("README.md", "docs/start.md"):
         layers = {layer.name: layer for layer in space["pruning"].report(space["model"]).layers}
         assert (layers["net.0.weight"].connections, layers["net.2.weight"].connections) == (12, 6)
         assert layers["net.0.weight"].live_features == 2
