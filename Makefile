@@ -26,7 +26,8 @@ test: env
 
 test-slow: env
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray]'
-	$(BIN)/pytest -m slow
+	RECORD_MATRIX=docs/compatibility.json $(BIN)/pytest tests/compatibility -m "slow or not slow" -k cell
+	$(BIN)/pytest -m slow --ignore tests/compatibility
 
 docs: env
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
