@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -111,6 +111,21 @@ class Sparsity:
                     f"there is a mask for {name!r}, but no such parameter: it belongs to another architecture"
                 )
             self.add_mask(name)
+
+    def load_masks(self, state: Mapping[str, Any]) -> None:
+        """Take the masks of a ``Masks.state_dict()`` in the place of those that are there.
+
+        Raises:
+            ValueError: If they are of another architecture, or of a version that this release does not know; then
+                those that were there stay.
+        """
+        before = self.masks
+        self.masks = Masks.of(state)
+        try:
+            self.find_targets(self.module)
+        except ValueError:
+            self.masks = before
+            raise
 
     def add_mask(self, name: str) -> None:
         """Give a parameter a mask, if it has none."""

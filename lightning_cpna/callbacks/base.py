@@ -191,15 +191,18 @@ class SparsityCallback(Callback):
         Raises:
             ValueError: If the state is of a version that this release does not know.
         """
+        self._check_version(state_dict)
+        self._step = self._handled_step = state_dict["step"]
+        self._epoch = state_dict["epoch"]
+        self._graph = state_dict["graph"]
+        self._restored = True
+
+    def _check_version(self, state_dict: dict[str, Any]) -> None:
         if state_dict.get("version") != STATE_VERSION:
             raise ValueError(
                 f"{self.name}: the checkpoint's state has version {state_dict.get('version')!r}; "
                 f"this release reads {STATE_VERSION}"
             )
-        self._step = self._handled_step = state_dict["step"]
-        self._epoch = state_dict["epoch"]
-        self._graph = state_dict["graph"]
-        self._restored = True
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the masks, once."""
@@ -213,7 +216,11 @@ class SparsityCallback(Callback):
         if trainer.training:
             self._begin()
         if CHECKPOINT_KEY in checkpoint and self._is_first(trainer):
-            sparsity_of(pl_module).masks.load_state_dict(checkpoint[CHECKPOINT_KEY])
+            states = checkpoint["callbacks"]
+            for callback in ours(trainer):
+                if callback.state_key in states:
+                    callback._check_version(states[callback.state_key])
+            sparsity_of(pl_module).load_masks(checkpoint[CHECKPOINT_KEY])
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running fit, so that a callback can be copied and pickled at any time."""
