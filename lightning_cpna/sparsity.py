@@ -203,10 +203,13 @@ class Sparsity:
     def _counts_of(self, name: str, granularity: Granularity, without: Tensor | None) -> list[int]:
         mask, axes = self.masks[name], self.targets[name].axes
         if without is not None:
-            if isinstance(mask, ListMask) and granularity == "unit":
-                return [int((~(mask.closed_units(axes) | without)).sum())]
-            where = self._spread(name, without, "unit") & (mask.live if isinstance(mask, ListMask) else True)
-            return _count_groups(Mask(mask.dead | where, mask.removed | where), axes, granularity)
+            where = self._spread(name, without, "unit")
+            if not isinstance(mask, ListMask):
+                return _count_groups(Mask(mask.dead | where, mask.removed | where), axes, granularity)
+            if granularity == "connection":
+                return [mask.n_live - int((where & mask.live).sum())]
+            closed = mask.closed_units(axes) | without if granularity == "unit" else mask.closed_inputs(axes)
+            return [int((~closed).sum())]
         if granularity == "connection" and axes.member is None:
             return [mask.n_live]
         key, made = (name, granularity), (mask, mask.version)
