@@ -81,7 +81,7 @@ def certify(losses: Tensor, labels: Tensor, level: float, generator: torch.Gener
     n = math.ceil(1 / level)
     drawn: list[Tensor] = []
     n_drawn = as_low = 0
-    while n_drawn < n and as_low <= level * (n + 1) - 1:
+    while n_drawn < n and not as_low:
         orders = torch.rand(min(BATCH, n - n_drawn), len(labels), generator=generator).argsort(dim=1)
         drawn.append(lowest(labels[orders]))
         n_drawn += len(orders)

@@ -204,6 +204,14 @@ class SparsityCallback(Callback):
                 f"this release reads {STATE_VERSION}"
             )
 
+    @contextlib.contextmanager
+    def _naming_errors(self, what: str = "") -> Iterator[None]:
+        """Say in an error whose it is, and at which step."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"{self.name}: at step {self._step}, {what}{error}") from error
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the masks, once."""
         if self._is_first(trainer):

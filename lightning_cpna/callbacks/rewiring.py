@@ -356,7 +356,7 @@ class SETRewiring(SparsityCallback):
                     stacklevel=2,
                 )
                 continue
-            try:
+            with self._naming_errors():
                 exchanged += rewire_(
                     fit.sparsity,
                     name,
@@ -367,8 +367,6 @@ class SETRewiring(SparsityCallback):
                     generator=self._generator,
                     agree=partial(broadcast, fit.trainer),
                 )
-            except ValueError as error:
-                raise ValueError(f"{self.name}: at step {self._step}, {error}") from error
         self._gradients = {}
         self._last = (zeta, exchanged)
 

@@ -78,10 +78,8 @@ class ScheduledPruning(SparsityCallback):
         n_start = self._n_start.setdefault(budget.label, current)
         n = n_remaining(schedule, time, n_start, budget.n_end)
         if n < current:
-            try:
+            with self._naming_errors(f"pruning {budget.label!r}: "):
                 self._thresholds[budget.label] = prune(n)
-            except ValueError as error:
-                raise ValueError(f"{self.name}: at step {self._step}, pruning {budget.label!r}: {error}") from error
             if n == budget.n_end:
                 fit.sparsity.remove_dead_units_(fit.optimizers)
 

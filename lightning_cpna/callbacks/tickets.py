@@ -374,12 +374,10 @@ class TicketRewind(SparsityCallback):
         for budget in fit.budgets:
             n = schedule.n_remaining(level, self._n_start[budget.label], budget.n_end)
             if n < fit.sparsity.n_remaining(budget):
-                try:
+                with self._naming_errors(f"pruning {budget.label!r}: "):
                     fit.sparsity.prune_(
                         budget, n, Score("magnitude"), optimizers=fit.optimizers, agree=partial(agree, fit.trainer)
                     )
-                except ValueError as error:
-                    raise ValueError(f"{self.name}: at step {self._step}, pruning {budget.label!r}: {error}") from error
 
     def _value_of(self, fit: Fit) -> float | None:
         """Return the metric at the end of the epoch that began last."""
