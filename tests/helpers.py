@@ -119,28 +119,42 @@ class RankSpy(pl.Callback):
         self.folder = folder
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        masks = {name: mask.live for name, mask in sparsity_of(pl_module).masks.items()}
-        torch.save((masks, weights(pl_module)), self.folder / f"{trainer.global_rank}.pt")
+        torch.save((live_masks(pl_module), weights(pl_module)), self.folder / f"{trainer.global_rank}.pt")
+
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+AVERAGING: dict[str, Callable[[], pl.Callback]] = {
+    "EMA": lambda: pl.callbacks.EMAWeightAveraging(decay=0.5),
+    "SWA": lambda: pl.callbacks.StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=0.5),
+}
 
 
 def trainer(*callbacks: Any, epochs: int = 5, package: Any = pl, **options: Any) -> Any:
-    quiet: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": epochs,
-    }
-    return package.Trainer(callbacks=list(callbacks), **(quiet | options))
+    return package.Trainer(callbacks=list(callbacks), **(QUIET | {"max_epochs": epochs} | options))
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 
+def live_masks(module: nn.Module) -> dict[str, Tensor]:
+    return {name: mask.live.clone() for name, mask in sparsity_of(module).masks.items()}
+
+
 def checkpoint(folder: Path, **options: Any) -> pl.callbacks.ModelCheckpoint:
     return pl.callbacks.ModelCheckpoint(folder, save_top_k=-1, filename="{step}", **options)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the files of `checkpoint` in the order of their steps."""
+    return sorted(folder.glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1].split("-")[0]))
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]

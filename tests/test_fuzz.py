@@ -78,7 +78,9 @@ def schedules(draw: Any) -> Any:
 def pruning(draw: Any, module: Trained) -> list[Any]:
     """Draw one to three callbacks, in any order."""
     weights = {
-        name: p for name, p in module.named_parameters() if name.endswith("weight") and not is_norm(module, name)
+        name: p
+        for name, p in module.named_parameters()
+        if name.endswith("weight") and not isinstance(layer_of(module, name), nn.BatchNorm1d)
     }
     hidden = list(weights)[:-1]
     made: list[Any] = []
@@ -92,13 +94,12 @@ def pruning(draw: Any, module: Trained) -> list[Any]:
             made.append(CPNAPruning(targets, schedule=draw(schedules()), score=score, normalize=normalize, **options))
         elif kind == "neurons":
             name = draw(st.sampled_from(hidden))
-            layer: Any = module.get_submodule(name.removesuffix(".weight"))
             score = draw(
                 st.sampled_from(["norm", "in_degree", "out_degree", "activation", "mean_replacement", "random"])
             )
             made.append(
                 NeuronPruning(
-                    {name: draw(st.integers(1, layer.out_features))},
+                    {name: draw(st.integers(1, layer_of(module, name).out_features))},
                     schedule=draw(schedules()),
                     score=score,
                     compensate=None,
@@ -114,8 +115,8 @@ def pruning(draw: Any, module: Trained) -> list[Any]:
     return made
 
 
-def is_norm(module: nn.Module, name: str) -> bool:
-    return isinstance(module.get_submodule(name.rpartition(".")[0]), nn.BatchNorm1d)
+def layer_of(module: nn.Module, name: str) -> Any:
+    return module.get_submodule(name.removesuffix(".weight"))
 
 
 class Invariants(pl.Callback):
@@ -170,8 +171,8 @@ def check(module: Trained, callbacks: list[Any]) -> None:
         assert values
         for name, wanted in callback.targets.items():
             if isinstance(callback, NeuronPruning):
-                rows = sparsity.masks[name].live if not sparse(module, name) else None
-                assert rows is None or int(rows.any(dim=1).sum()) <= wanted
+                is_sparse = isinstance(layer_of(module, name), SparseLinear)
+                assert is_sparse or int(sparsity.masks[name].live.any(dim=1).sum()) <= wanted
             elif callback.scope == "layer" and not any(isinstance(other, SETRewiring) for other in callbacks):
                 assert sparsity.masks[name].n_live <= wanted
     state = sparsity.masks.state_dict()
@@ -184,10 +185,6 @@ def check(module: Trained, callbacks: list[Any]) -> None:
         other = copy.deepcopy(callback)
         other.load_state_dict(saved)
         assert repr(other.state_dict()) == repr(saved)
-
-
-def sparse(module: nn.Module, name: str) -> bool:
-    return isinstance(module.get_submodule(name.rpartition(".")[0]), SparseLinear)
 
 
 @given(st.data())

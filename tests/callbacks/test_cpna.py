@@ -26,7 +26,16 @@ from lightning_cpna import (
     infer_masks,
     sparsity_of,
 )
-from tests.helpers import Classifier, SinglePrecision, Spy, data, tensorboard, trainer, weights
+from tests.helpers import (
+    Classifier,
+    SinglePrecision,
+    Spy,
+    data,
+    live_masks,
+    tensorboard,
+    trainer,
+    weights,
+)
 
 
 def live(module: nn.Module, name: str) -> int:
@@ -101,7 +110,7 @@ def test_a_checkpoint_saved_at_any_hook_loads_strictly_and_has_the_exact_zeros(t
     def save(self: Any, trainer: Any, pl_module: Any, *_: Any) -> None:
         file = tmp_path / f"{len(saved)}.ckpt"
         trainer.save_checkpoint(file)
-        saved.append((file, {name: mask.live.clone() for name, mask in sparsity_of(pl_module).masks.items()}))
+        saved.append((file, live_masks(pl_module)))
 
     saved: list[tuple[Path, dict[str, Tensor]]] = []
     saver = type("Saver", (pl.Callback,), {hook: save})()

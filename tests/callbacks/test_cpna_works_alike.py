@@ -28,7 +28,18 @@ from lightning_cpna import (
     keep_top,
     sparsity_of,
 )
-from tests.helpers import Classifier, OtherClassifier, RankSpy, checkpoint, data, mlp, trainer, weights
+from tests.helpers import (
+    Classifier,
+    OtherClassifier,
+    RankSpy,
+    checkpoint,
+    checkpoints,
+    data,
+    live_masks,
+    mlp,
+    trainer,
+    weights,
+)
 
 HIDDEN = Annealing(start=2, end=6)
 INPUT = Geometric(start=8, end=16)
@@ -119,10 +130,6 @@ def test_lightning_cli_reads_it_from_yaml(tmp_path: Path, package: str) -> None:
     assert (hidden.schedule, hidden.name) == (Annealing(2, 6, mu=5.0), "hidden")
 
 
-def recorded_steps(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1].split("-")[0]))
-
-
 @pytest.mark.parametrize("options", [{}, {"score": "random", "normalize": False}, {"normalize": "transform"}])
 def test_resuming_from_any_checkpoint_equals_not_having_stopped(tmp_path: Path, options: dict[str, Any]) -> None:
     def callbacks() -> list[CPNAPruning]:
@@ -137,7 +144,7 @@ def test_resuming_from_any_checkpoint_equals_not_having_stopped(tmp_path: Path, 
     whole_batches = data(batch_size=64)  # the Trainer itself replays an epoch that it resumes in the middle
     files_callback = checkpoint(tmp_path, every_n_train_steps=3)
     trainer(*callbacks(), files_callback, enable_checkpointing=True, epochs=20).fit(model, whole_batches)
-    files = recorded_steps(tmp_path)
+    files = checkpoints(tmp_path)
     assert len(files) == 6
     for file in files:
         resumed = Classifier()
@@ -152,7 +159,7 @@ def test_a_checkpoint_loads_without_unsafe_pickle_and_into_the_plain_module(tmp_
     trainer(*two_callbacks(), checkpoint(tmp_path, every_n_train_steps=5), enable_checkpointing=True).fit(
         Classifier(), data()
     )
-    for file in recorded_steps(tmp_path):
+    for file in checkpoints(tmp_path):
         content = torch.load(file, weights_only=True)
         Classifier().load_state_dict(content["state_dict"], strict=True)
         assert set(content["lightning_cpna"]["masks"]) >= {"net.0.weight", "net.2.weight"}
@@ -161,7 +168,7 @@ def test_a_checkpoint_loads_without_unsafe_pickle_and_into_the_plain_module(tmp_
 def test_resuming_without_its_state_warns(tmp_path: Path) -> None:
     trainer(checkpoint(tmp_path, every_n_train_steps=4), enable_checkpointing=True, epochs=1).fit(Classifier(), data())
     with pytest.warns(UserWarning, match="hidden: training goes on from step 4.*starts from step 0"):
-        trainer(two_callbacks()[0]).fit(Classifier(), data(), ckpt_path=recorded_steps(tmp_path)[0])
+        trainer(two_callbacks()[0]).fit(Classifier(), data(), ckpt_path=checkpoints(tmp_path)[0])
 
 
 def test_a_file_with_weights_only_has_the_zeros_from_which_masks_are_inferred(tmp_path: Path) -> None:
@@ -169,7 +176,7 @@ def test_a_file_with_weights_only_has_the_zeros_from_which_masks_are_inferred(tm
     files = checkpoint(tmp_path, save_weights_only=True, every_n_train_steps=10)
     trainer(*two_callbacks(), files, enable_checkpointing=True).fit(model, data())
     plain = Classifier()
-    plain.load_state_dict(torch.load(recorded_steps(tmp_path)[-1], weights_only=True)["state_dict"], strict=True)
+    plain.load_state_dict(torch.load(checkpoints(tmp_path)[-1], weights_only=True)["state_dict"], strict=True)
     masks = infer_masks(plain, ["net.*.weight"])
     for name, mask in sparsity_of(model).masks.items():
         assert torch.equal(masks[name].live, mask.live)
@@ -178,7 +185,7 @@ def test_a_file_with_weights_only_has_the_zeros_from_which_masks_are_inferred(tm
 def test_a_second_and_a_third_fit_keep_the_masks_and_train_on() -> None:
     model, callbacks = Classifier(), two_callbacks()
     trainer(*callbacks).fit(model, data())
-    masks = {name: mask.live for name, mask in sparsity_of(model).masks.items()}
+    masks = live_masks(model)
     for _ in range(2):
         before = weights(model)
         trainer(*callbacks).fit(model, data())

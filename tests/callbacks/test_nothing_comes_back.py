@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from lightning_cpna import CPNAPruning, Cubic, Geometric, OneShot, infer_masks, sparsity_of
-from tests.helpers import Classifier, SinglePrecision, checkpoint, data, trainer
+from tests.helpers import (
+    AVERAGING,
+    Classifier,
+    SinglePrecision,
+    checkpoint,
+    data,
+    trainer,
+)
 
 
 def pruning(**options: Any) -> CPNAPruning:
@@ -25,12 +31,6 @@ def pruning(**options: Any) -> CPNAPruning:
 
 def non_zeros(module: nn.Module, name: str = "net.0.weight") -> int:
     return int((module.get_parameter(name) != 0).sum())
-
-
-AVERAGING = {
-    "ema": lambda: pl.callbacks.EMAWeightAveraging(decay=0.5),
-    "swa": lambda: pl.callbacks.StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=0.5),
-}
 
 
 @pytest.mark.parametrize("averaging", AVERAGING)

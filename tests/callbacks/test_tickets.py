@@ -17,7 +17,15 @@ from lightning_cpna import (
     TicketRewind,
     sparsity_of,
 )
-from tests.helpers import Classifier, Spy, checkpoint, data, loaders, trainer
+from tests.helpers import (
+    Classifier,
+    Spy,
+    checkpoint,
+    checkpoints,
+    data,
+    loaders,
+    trainer,
+)
 
 NAMES = ["net.0.weight", "net.4.weight"]
 TARGETS: dict[str, int | float] = {"net.0.weight": 20, "net.4.weight": 5}
@@ -251,7 +259,7 @@ def test_resuming_in_any_round_equals_not_having_stopped(tmp_path: Path, way: st
     files = checkpoint(tmp_path, every_n_train_steps=1, save_on_train_epoch_end=False)
     fit = trainer(whole, files, enable_checkpointing=True, epochs=whole.n_epochs)
     fit.fit(model, batches, batches)
-    saved = sorted(tmp_path.glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
+    saved = checkpoints(tmp_path)
     assert len(saved) == 2 * whole.n_epochs
     for path in saved[:: 3 if way == "init" else 7]:
         other, resumed = make(seed=1, sparse=sparse, dropout=0.0), ticket()

@@ -36,6 +36,7 @@ from tests.helpers import (
     Spy,
     checkpoint,
     data,
+    live_masks,
     loaders,
     mlp,
     tensorboard,
@@ -67,10 +68,6 @@ def fit(module: Any, *callbacks: Any, epochs: int, **options: Any) -> Any:
     return run
 
 
-def live(module: nn.Module) -> dict[str, Tensor]:
-    return {name: mask.live.clone() for name, mask in sparsity_of(module).masks.items()}
-
-
 @pytest.mark.parametrize("first", [True, False])
 def test_what_cpna_pruned_goes_back_to_the_beginning(first: bool) -> None:
     prune = [
@@ -82,7 +79,7 @@ def test_what_cpna_pruned_goes_back_to_the_beginning(first: bool) -> None:
     begin = copy.deepcopy(module.state_dict())
     fit(module, *([ticket, *prune] if first else [*prune, ticket]), starts, epochs=ticket.n_epochs)
     assert [report.counts for report in ticket.reports] == [{LAST: 5, HIDDEN: 12}] * 4
-    masks = live(module)
+    masks = live_masks(module)
     for name, value in begin.items():
         assert torch.equal(starts.weights[3][name], value * masks[name] if name in masks else value), name
     assert int((starts.weights[1][HIDDEN] != 0).sum()) == int((starts.weights[2][HIDDEN] != 0).sum()) == 12
@@ -96,7 +93,7 @@ def test_units_that_neuron_pruning_took_stay_away(schedule: Any) -> None:
         [HIDDEN] if isinstance(schedule, EpochFraction) else {HIDDEN: 5}, schedule=schedule, score="norm"
     )
     fit(module, pruning, ticket, starts, epochs=ticket.n_epochs)
-    masks = live(module)
+    masks = live_masks(module)
     units = masks[HIDDEN].all(1)
     assert torch.equal(masks[HIDDEN].any(1), units)
     assert torch.equal(masks[LAST][0], units)

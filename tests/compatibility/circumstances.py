@@ -11,12 +11,11 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_cpna import sparsity_of
 from tests.compatibility.callbacks import Config, make
 from tests.compatibility.networks import data, module
-from tests.helpers import RankSpy, checkpoint, trainer, weights
+from tests.helpers import AVERAGING, QUIET, RankSpy, checkpoint, checkpoints, live_masks, trainer, weights
 
 EPOCHS = 9
 
@@ -31,21 +30,22 @@ class Outcome(NamedTuple):
 Run = Callable[[str, list[Config], Path], Outcome]
 
 
-def outcome(trained: nn.Module) -> Outcome:
-    live = {name: mask.live for name, mask in sparsity_of(trained).masks.items()}
-    return Outcome(live, weights(trained))
+def train(
+    trained: Any, configs: list[Config], *, extra: Any = (), package: Any = pl, path: Path | None = None, **options: Any
+) -> Outcome:
+    """Train a module, or what compiled one, from the beginning or from a checkpoint."""
+    fitting = trainer(*map(make, configs), *extra, epochs=EPOCHS, package=package, **options)
+    fitting.fit(trained, data(), ckpt_path=path)
+    return outcome(fitting.lightning_module)
 
 
-def fit(network: str, configs: list[Config], *mixins: type, package: Any = pl, extra: Any = (), **options: Any) -> Any:
-    trained = module(network, package, *mixins)
-    callbacks = [make(config) for config in configs]
-    trainer(*callbacks, *extra, epochs=EPOCHS, package=package, **options).fit(trained, data())
-    return trained
+def outcome(trained: Any) -> Outcome:
+    return Outcome(live_masks(trained), weights(trained))
 
 
 def ddp(network: str, configs: list[Config], folder: Path) -> Outcome:
     torch.multiprocessing.set_sharing_strategy("file_system")
-    fit(network, configs, extra=[RankSpy(folder)], strategy="ddp_fork", devices=2)
+    train(module(network, pl), configs, extra=[RankSpy(folder)], strategy="ddp_fork", devices=2)
     (masks, first), (others, second) = (torch.load(folder / f"{rank}.pt") for rank in (0, 1))
     for name, live in masks.items():
         assert torch.equal(live, others[name])
@@ -64,32 +64,27 @@ def skipping(network: str, configs: list[Config], folder: Path) -> Outcome:
             return super().training_step(batch, batch_idx) * (torch.inf if batch_idx == 1 else 1.0)  # type: ignore[misc]
 
     precision = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=4.0))
-    return outcome(fit(network, configs, Exploding, plugins=[precision]))
+    return train(module(network, pl, Exploding), configs, plugins=[precision])
 
 
 def compiled(network: str, configs: list[Config], folder: Path) -> Outcome:
     torch._dynamo.reset()
-    trained = module(network, pl)
-    callbacks = [make(config) for config in configs]
-    trainer(*callbacks, epochs=EPOCHS).fit(torch.compile(trained, backend="eager"), data())
-    return outcome(trained)
+    return train(torch.compile(module(network, pl), backend="eager"), configs)
 
 
 def resumed(network: str, configs: list[Config], folder: Path) -> Outcome:
     files = checkpoint(folder, every_n_train_steps=4)
-    whole = fit(network, configs, extra=[files], enable_checkpointing=True)
-    middle = sorted(folder.glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1].split("-")[0]))[4]
-    trained = module(network, pl)
-    trainer(*map(make, configs), epochs=EPOCHS).fit(trained, data(), ckpt_path=middle)
-    for name, weight in weights(whole).items():
-        assert torch.equal(weight, weights(trained)[name]), name
-    return outcome(trained)
+    whole = train(module(network, pl), configs, extra=[files], enable_checkpointing=True)
+    end = train(module(network, pl), configs, path=checkpoints(folder)[4])
+    for name, weight in whole.weights.items():
+        assert torch.equal(weight, end.weights[name]), name
+    return end
 
 
 def again(network: str, configs: list[Config], folder: Path) -> Outcome:
-    trained = fit(network, configs)
-    trainer(*map(make, configs), epochs=EPOCHS).fit(trained, data())
-    return outcome(trained)
+    trained = module(network, pl)
+    train(trained, configs)
+    return train(trained, configs)
 
 
 class StepSchedule:
@@ -127,21 +122,14 @@ def late(network: str, configs: list[Config], folder: Path) -> Outcome:
 
     trained = module(network, pl, Built)
     del trained.net
-    trainer(*map(make, configs), epochs=EPOCHS).fit(trained, data())
-    return outcome(trained)
+    return train(trained, configs)
 
 
 def cli(network: str, configs: list[Config], folder: Path) -> Outcome:
     pytest.importorskip("jsonargparse", reason="the extra 'cli' is not installed")
     from pytorch_lightning.cli import LightningCLI
 
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    config = {"trainer": {"callbacks": configs, "max_epochs": EPOCHS, "accelerator": "cpu", **quiet}}
+    config = {"trainer": {"callbacks": configs, "max_epochs": EPOCHS, **QUIET}}
     (folder / "config.json").write_text(json.dumps(config))
     run = LightningCLI(
         type(module(network, pl)), run=False, save_config_callback=None, args=["--config", str(folder / "config.json")]
@@ -153,23 +141,17 @@ def cli(network: str, configs: list[Config], folder: Path) -> Outcome:
 def cuda(network: str, configs: list[Config], folder: Path) -> Outcome:
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
-    return outcome(fit(network, configs, accelerator="gpu", devices=1))
+    return train(module(network, pl), configs, accelerator="gpu", devices=1)
 
 
-def _plain(*mixins: type, **options: Any) -> Run:
-    return lambda network, configs, folder: outcome(fit(network, configs, *mixins, **options))
+def _plain(*mixins: type, package: Any = pl, **options: Any) -> Run:
+    return lambda network, configs, folder: train(
+        module(network, package, *mixins), configs, package=package, **options
+    )
 
 
-def _average(average: Callable[[], Any]) -> Run:
-    return lambda network, configs, folder: outcome(fit(network, configs, extra=[average()]))
-
-
-def _ema() -> Any:
-    return pl.callbacks.EMAWeightAveraging(decay=0.5)
-
-
-def _swa() -> Any:
-    return pl.callbacks.StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=0.5)
+def _averaged(kind: str) -> Run:
+    return lambda network, configs, folder: train(module(network, pl), configs, extra=[AVERAGING[kind]()])
 
 
 CIRCUMSTANCES: dict[str, Run] = {
@@ -183,8 +165,8 @@ CIRCUMSTANCES: dict[str, Run] = {
     "`torch.compile`": compiled,
     "resume": resumed,
     "second fit": again,
-    "EMA": _average(_ema),
-    "SWA": _average(_swa),
+    "EMA": _averaged("EMA"),
+    "SWA": _averaged("SWA"),
     "manual": _plain(Manual),
     "`configure_model`": late,
     "LightningCLI": cli,

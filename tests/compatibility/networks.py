@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_cpna import SparseLinear
+from tests import helpers
 
 
 class MLP(nn.Sequential):
@@ -86,20 +87,11 @@ NETWORKS = {
 }
 
 
-class Steps:
-    """The steps of a classifier, for the LightningModule of either package."""
-
-    net: Any
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(x)
-        return out
+class Steps(helpers.Steps):
+    """Those of the helpers, for two classes."""
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])  # type: ignore[operator]
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.Adam(self.parameters(), lr=1e-2)  # type: ignore[attr-defined]
+        return nn.functional.cross_entropy(self.forward_(batch[0]), batch[1])
 
 
 def module(name: str, package: Any, *mixins: type) -> Any:

@@ -11,10 +11,15 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from lightning_cpna import sparsity_of
 from tests.compatibility.callbacks import CALLBACKS, make
 from tests.compatibility.networks import NETWORKS, data, module
-from tests.helpers import checkpoint, trainer, weights
+from tests.helpers import (
+    checkpoint,
+    checkpoints,
+    live_masks,
+    trainer,
+    weights,
+)
 
 EPOCHS, SECONDS_A_STEP = 9, 0.02
 
@@ -28,8 +33,7 @@ class Slow(pl.Callback):
 
 def newest(folder: Path) -> Path | None:
     """Return the checkpoint of the latest step, if there is one."""
-    files = sorted(folder.glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1].split("-")[0]))
-    return files[-1] if files else None
+    return next(reversed(checkpoints(folder)), None)
 
 
 def train(folder: Path, callback: str, *others: Any) -> None:
@@ -46,8 +50,7 @@ def train(folder: Path, callback: str, *others: Any) -> None:
         checkpoint(folder, every_n_epochs=1, save_on_train_epoch_end=True),
     ]
     trainer(*callbacks, epochs=EPOCHS, enable_checkpointing=True).fit(trained, data(), ckpt_path=newest(folder))
-    masks = {name: mask.live for name, mask in sparsity_of(trained).masks.items()}
-    torch.save((weights(trained), masks), folder / "end.pt")
+    torch.save((weights(trained), live_masks(trained)), folder / "end.pt")
 
 
 if __name__ == "__main__":
