@@ -21,6 +21,7 @@ from lightning_cpna import Geometric, Growth, NeuronPruning, Restarts, SETRewiri
 
 LATE_DECAY = 1e-4  # chosen on XOR: what is left late must fit more than it must shrink
 REWIRINGS = 100  # chosen: of a run
+TAIL = 12000  # chosen: steps for which a network of the features that restarts find is trained and pruned
 
 
 def _epochs(steps: float, n: int, batch_size: int) -> int:
@@ -82,14 +83,15 @@ def cpna(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
     size, lr, decay = settings["batch_size"], settings["lr"], settings["weight_decay"]
     n_out = settings["units"] * n_classes
     n_in = settings["units"] * settings["inputs"]
+    by_features = "features" in settings
+    share = settings["steps"] / (1 if by_features else 1.25)
 
-    def phase(fraction: float, lr: float, weight_decay: float, lr_end: float | None = None) -> Phase:
-        return Phase(_epochs(fraction * settings["steps"], n, size), size, lr, weight_decay, lr_end)
+    def phase(part: float, lr: float, weight_decay: float, lr_end: float | None = None) -> Phase:
+        return Phase(_epochs(part * share, n, size), size, lr, weight_decay, lr_end)
 
     recipe: Recipe = [(phase(0.15, lr, decay), None)]
-    if "features" in settings:
-        if settings["features"] < p:
-            recipe.append((phase(0.1, lr, decay), features(settings["features"])))
+    if by_features:
+        recipe.append((phase(0.2, lr, decay), features(min(settings["features"], p))))
     else:  # single connections, interleaved: wide layers must not be cut to their ends at once
         recipe.append((phase(0.15, lr / 3, LATE_DECAY), hidden_by_score(4 * n_out)))
         recipe.append((phase(0.3, lr, decay), inputs(4 * n_in, exponent=12)))
@@ -113,7 +115,7 @@ def restarts(settings: Settings, train: Split, n_classes: int, seed: int) -> Fit
     trainer, quiet = partial(pl.Trainer, accelerator="cpu"), Console(quiet=True)
     found = find_features(network, trainer, *train, counts, restarts=plan, seed=seed, console=quiet)
     places = torch.tensor(found.features)
-    own = {"hidden": 256, "features": len(places), "weight_decay": 1e-3, "units": 64, "inputs": 4, "steps": 12000}
+    own = {"hidden": 256, "features": len(places), "weight_decay": 1e-3, "units": 64, "inputs": 4, "steps": TAIL}
     fitted = cpna(settings | own, Split(train.x[:, places], train.y), n_classes, seed)
     return Fitted(lambda x: fitted.scores(x[:, places]), places[fitted.features].tolist(), fitted.parameters)
 
@@ -196,7 +198,7 @@ SPARSE: dict[str, list[Any]] = {
 OURS: dict[str, Method] = {
     "CPNA, features": Method({**CPNA, "features": [4, 5, 10, 20, 50, 100]}, cpna),
     "CPNA, connections": Method(CPNA, cpna),
-    "restarts": Method({**NETWORK, "most": [5, 10, 20, 50], "fraction": [0.5, 1.0], "tries": [16, 32]}, restarts),
+    "restarts": Method({**NETWORK, "most": [5, 10, 20, 50], "fraction": [0.5, 1.0], "tries": [32, 128]}, restarts),
     "SET": Method(SPARSE, evolved),
     "NPSET": Method(SPARSE, partial(evolved, neurons=True)),
 }
