@@ -15,6 +15,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from lightning_cpna.report import live_mask
+from lightning_cpna.targets import ListedAxes, Target
 
 if TYPE_CHECKING:
     from lightning_cpna.schedules import Schedule
@@ -74,23 +75,33 @@ def connectivity(sparsity: Sparsity) -> Connectivity:
     layers, sizes = [], []
     for position, name in enumerate(chain):
         target = sparsity.targets[name]
-        live = (
-            target.axes.view(live_mask(sparsity.masks, target))[0, ..., None].flatten(2).any(2).cpu()
-        )  # (unit, input)
-        w = target.axes.view(target.parameter.detach())[0, ..., None].float().flatten(2).cpu()  # (unit, input, kernel)
-        weight = w[..., 0] if w.shape[2] == 1 else w.norm(dim=2)
-        units, inputs = live.nonzero(as_tuple=True)
+        units, inputs, weight = _live_connections(sparsity, target)
         if position == 0:
             sources = inputs
-            sizes.append(live.shape[1])
+            sizes.append(target.axes.n_inputs(target.parameter))
         else:
             owner = graph[name].sources - graph[chain[position - 1]].units.start  # (input,)
             inside = (owner[inputs] >= 0) & (owner[inputs] < len(graph[chain[position - 1]].units))
-            units, inputs = units[inside], inputs[inside]
+            units, inputs, weight = units[inside], inputs[inside], weight[inside]
             sources = owner[inputs]
-        layers.append((name, sources, units, weight[units, inputs]))
-        sizes.append(live.shape[0])
+        layers.append((name, sources, units, weight))
+        sizes.append(target.axes.n_units(target.parameter))
     return Connectivity(tuple(layers), tuple(sizes))
+
+
+def _live_connections(sparsity: Sparsity, target: Target) -> tuple[Tensor, Tensor, Tensor]:
+    """Return unit, input and weight of the live connections, of convolutions the norm of the kernel, ``(n,)`` each."""
+    live, weight = live_mask(sparsity.masks, target), target.parameter.detach().float()
+    if isinstance(target.axes, ListedAxes):
+        cells = live.nonzero().flatten()
+        places = (target.axes.units_of(cells, weight), target.axes.inputs_of(cells, weight), weight[cells])
+        units, inputs, weight = (part.cpu() for part in places)
+        return units.long(), inputs.long(), weight
+    live = target.axes.view(live)[0, ..., None].flatten(2).any(2).cpu()  # (unit, input)
+    weight = target.axes.view(weight)[0, ..., None].flatten(2).cpu()  # (unit, input, kernel)
+    weight = weight[..., 0] if weight.shape[2] == 1 else weight.norm(dim=2)
+    units, inputs = live.nonzero(as_tuple=True)
+    return units, inputs, weight[units, inputs]
 
 
 def plot_connectivity(result: Connectivity, feature_names: Iterable[str] | None = None) -> Figure:

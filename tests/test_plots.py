@@ -16,6 +16,7 @@ from lightning_cpna import (
     Linear,
     OneShot,
     Schedule,
+    SparseLinear,
     Sparsity,
     connectivity,
     plot_connectivity,
@@ -115,6 +116,19 @@ class Skip(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.b(torch.cat([x, self.a(x).relu()], dim=1))
         return out
+
+
+def test_connectivity_of_listed_connections_equals_that_of_the_same_masks() -> None:
+    dense = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2))
+    masked = Sparsity(dense)
+    for name in ("0.weight", "2.weight"):
+        masked.remove_(name, torch.rand_like(masked.tensors[name]) < 0.5)
+    sparse = nn.Sequential(*(SparseLinear.from_dense(part) if isinstance(part, nn.Linear) else part for part in dense))
+    listed = Sparsity(sparse)
+    for sparsity in (masked, listed):
+        sparsity.graph = trace(sparsity.module, torch.randn(3, 5))
+    assert edges(connectivity(listed)) == edges(connectivity(masked))
+    assert connectivity(listed).sizes == connectivity(masked).sizes == (5, 4, 2)
 
 
 def test_connections_that_skip_a_layer_are_left_out_by_hand() -> None:

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_cpna._lightning import Callback, LightningModule, Trainer
 from lightning_cpna.activations import Watch
+from lightning_cpna.callbacks.board import ConnectivityPictures, PlanRow, log_text, plan_text
 from lightning_cpna.callbacks.capture import Capture, is_compiled, trace_few
 from lightning_cpna.cells import cells_of, pack, unpack
 from lightning_cpna.graph import Graph
@@ -47,10 +48,12 @@ class Fit:
         sparsity: The module's masks, shared by all callbacks.
         budgets: The budgets of this callback.
         leads: Whether this is the first of our callbacks, which does what is done once.
+        pictures: Of the connectivity, which the first of our callbacks draws.
         optimizers: The trainer's optimizers.
         handles: The hooks on them.
         capture: Records a batch.
         planned: Whether it is decided what will be done when.
+        is_told: Whether the loggers know that.
         logged_at_target: What was logged last.
         averaged_version: The version of the masks when averages of the weights were masked last.
         watch: What the units did, for callbacks that ask.
@@ -67,10 +70,12 @@ class Fit:
     sparsity: Sparsity
     budgets: list[Budget]
     leads: bool
+    pictures: ConnectivityPictures
     optimizers: list[Optimizer] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
     capture: Capture | None = None
     planned: bool = False
+    is_told: bool = False
     logged_at_target: bool | None = None
     averaged_version: int = -1
     watch: Watch | None = None
@@ -108,7 +113,7 @@ class SparsityCallback(Callback):
     """Base of the callbacks: masks that hold, steps that count, and a checkpoint that resumes.
 
     A step is one real optimizer step of the optimizer that owns the first target: not a batch, and not a step that AMP's
-    gradient scaler skipped. Subclasses answer the four questions below.
+    gradient scaler skipped. Subclasses answer the five questions below.
 
     Args:
         name: Prefix of everything that is logged, and key of the callback's state; two callbacks need two names.
@@ -129,7 +134,7 @@ class SparsityCallback(Callback):
     _epoch: int | None  # the last one whose start was seen
     _graph: dict[str, Any] | None  # as it was when it was noted last
 
-    # The four questions
+    # The five questions
 
     def _find_budgets(self, sparsity: Sparsity, pl_module: LightningModule) -> list[Budget]:
         """What should remain? Asked when a fit starts."""
@@ -141,6 +146,10 @@ class SparsityCallback(Callback):
 
     def _after_step(self, fit: Fit) -> None:
         """What is done after this optimizer step?"""
+        raise NotImplementedError
+
+    def _when(self, fit: Fit, budget: Budget) -> str:
+        """When, and by which rule? In words, for the plan that the loggers get."""
         raise NotImplementedError
 
     _turn = (
@@ -265,7 +274,8 @@ class SparsityCallback(Callback):
             sparsity.graph, sparsity.untraced, sparsity.calls, sparsity.budgets = None, None, [], []
             sparsity.find_targets(pl_module)
             sparsity.masks.apply_(sparsity.tensors)
-        self._fit = Fit(trainer, pl_module, sparsity, self._find_budgets(sparsity, pl_module), leads)
+        pictures = ConnectivityPictures(f"{self.name}/connectivity")
+        self._fit = Fit(trainer, pl_module, sparsity, self._find_budgets(sparsity, pl_module), leads, pictures)
         for name in self._fit.names:
             n_zeros = int((sparsity.tensors[name] == 0).sum())
             mask = sparsity.masks[name]
@@ -385,6 +395,8 @@ class SparsityCallback(Callback):
         fit = self._running()
         if not fit.planned:
             self._see(fit)
+        if fit.planned and not fit.is_told:
+            self._tell_plan(fit)
         self._catch_up(fit)
         # Lightning's log takes about a millisecond a value, so values are logged when they are wanted, or are news.
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -393,6 +405,7 @@ class SparsityCallback(Callback):
             fit.logged_at_target = at_target
             values = {f"{self.name}/{key}": float(value) for key, value in self._values(fit).items()}
             pl_module.log_dict(values)
+            self._draw(fit)
         elif not trainer.is_last_batch:
             return
         names = fit.names or list(fit.sparsity.masks)
@@ -408,6 +421,21 @@ class SparsityCallback(Callback):
         if not fit.planned and self._can_plan(fit):
             self._plan(fit)
             fit.planned = True
+
+    def _tell_plan(self, fit: Fit) -> None:
+        """Give the loggers the plan as text."""
+        fit.is_told = True
+        if fit.budgets and fit.trainer.is_global_zero:
+            rows = [
+                PlanRow(b.label, b.granularity, fit.sparsity.n_remaining(b), b.n_end, self._when(fit, b))
+                for b in fit.budgets
+            ]
+            log_text(fit.trainer.loggers, f"{self.name}/plan", plan_text(rows), fit.trainer.global_step)
+
+    def _draw(self, fit: Fit, *, last: bool = False) -> None:
+        """Give the loggers a picture of the connectivity, if there is something new to see."""
+        if fit.leads and fit.trainer.is_global_zero and fit.sparsity.graph:
+            fit.pictures.draw(fit.trainer.loggers, fit.sparsity, fit.trainer.global_step, last=last)
 
     def _can_plan(self, fit: Fit) -> bool:
         """Is enough known for a plan? After a step there must be one; before, it can wait until all targets ran."""
@@ -485,9 +513,11 @@ class SparsityCallback(Callback):
         return sparsity_of(pl_module).report()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if a count was not reached, and let go of the optimizers."""
+        """Draw the connectivity, say so if a count was not reached, and let go of the optimizers."""
         fit = self._running()
         self._note_graph(fit)
+        fit.restore()
+        self._draw(fit, last=True)
         for budget in fit.budgets:
             if (n := fit.sparsity.n_remaining(budget)) > budget.n_end:
                 warnings.warn(

@@ -11,6 +11,7 @@ import torch
 
 from lightning_cpna._lightning import LightningModule
 from lightning_cpna.callbacks.base import Fit, agree
+from lightning_cpna.callbacks.board import in_words
 from lightning_cpna.callbacks.scheduled import ScheduledPruning, check_choice, check_function, check_targets
 from lightning_cpna.graph import Graph
 from lightning_cpna.rescale import Moments, rescalable, rescale_, verify_rescaling
@@ -178,6 +179,12 @@ class CPNAPruning(ScheduledPruning):
             names = [n for n in names if self.granularity == "connection" and (first or self.schedule is not None)]
             names = [n for n in names if graph is None or n not in graph or _is_fed(graph, n)]
         return () if self.normalize is False or graph is None else tuple(rescalable(graph, names))
+
+    def _when(self, fit: Fit, budget: Budget) -> str:
+        stage = next(stage for stage in self._stages if budget in stage.budgets)
+        normalised = ", ".join(f"`{name}`" for name in stage.producers)
+        after = f"; the units of {normalised} are normalised" if normalised else ""
+        return f"optimizer steps: {in_words(stage.schedule)}; score: {in_words(self._score)}{after}"
 
     @torch.no_grad()
     def _after_step(self, fit: Fit) -> None:

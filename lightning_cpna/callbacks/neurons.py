@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_cpna._lightning import LightningModule, Trainer
 from lightning_cpna.activations import Watch
 from lightning_cpna.callbacks.base import Fit, agree
+from lightning_cpna.callbacks.board import in_words
 from lightning_cpna.callbacks.capture import running_eagerly
 from lightning_cpna.callbacks.scheduled import ScheduledPruning, check_choice, check_function, check_targets
 from lightning_cpna.layers import layers_of
@@ -218,6 +219,11 @@ class NeuronPruning(ScheduledPruning):
             fit.watch.restrict(layer.weight for name in fit.names for layer in graph.fed_by(name))
         if self.normalize:
             verify_rescaling(fit.module, fit.sparsity.calls, graph, fit.names)
+
+    def _when(self, fit: Fit, budget: Budget) -> str:
+        time = "epochs" if isinstance(self._resolved, EpochFraction) else "optimizer steps"
+        after = "; what they say on average goes into the biases behind them" if self.compensate == "mean" else ""
+        return f"{time}: {in_words(self._resolved)}; score: {in_words(self._score)}{after}"
 
     # Watching
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_cpna._lightning import LightningModule, Trainer
 from lightning_cpna.callbacks.base import Fit, SparsityCallback, broadcast
+from lightning_cpna.callbacks.board import in_words
 from lightning_cpna.callbacks.capture import running_eagerly
 from lightning_cpna.callbacks.scheduled import check_choice, check_targets
 from lightning_cpna.growth import Decay, Factors, Growth, GrowthKind, check_zeta
@@ -237,6 +238,10 @@ class SETRewiring(SparsityCallback):
 
     def _plan(self, fit: Fit) -> None:
         """Do nothing: it is known what is done when, whatever the network looks like."""
+
+    def _when(self, fit: Fit, budget: Budget) -> str:
+        time = "after every epoch" if self.every == "epoch" else f"every {self.every:,} optimizer steps"
+        return f"{time}, zeta: {in_words(self.zeta)}; {in_words(self._growth)}"
 
     # Watching
 

@@ -11,7 +11,6 @@ import torch
 
 from lightning_cpna._lightning import LightningModule, Trainer
 from lightning_cpna.callbacks.base import Fit, SparsityCallback
-from lightning_cpna.plots import connectivity, log_figure, plot_connectivity
 from lightning_cpna.schedules import Schedule, ScheduleFunction, n_remaining
 from lightning_cpna.sparsity import Budget
 
@@ -90,19 +89,6 @@ class ScheduledPruning(SparsityCallback):
             values[f"{budget.label}/remaining"] = fit.sparsity.n_remaining(budget)
             values[f"{budget.label}/threshold"] = self._thresholds.get(budget.label, 0.0)
         return values
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the connectivity and let go of the optimizers."""
-        fit = self._running()
-        fit.restore()
-        if fit.leads and trainer.is_global_zero and fit.sparsity.graph:
-            log_figure(
-                trainer.loggers,
-                f"{self.name}/connectivity",
-                lambda: plot_connectivity(connectivity(fit.sparsity)),
-                trainer.global_step,
-            )
-        super().on_train_end(trainer, pl_module)
 
 
 def check_targets(targets: object) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_cpna._lightning import LightningModule, Trainer
 from lightning_cpna.callbacks.base import Fit, SparsityCallback, agree, averaging, broadcast, in_full_shapes, ours
+from lightning_cpna.callbacks.board import in_words
 from lightning_cpna.callbacks.order import BatchOrder
 from lightning_cpna.callbacks.scheduled import check_choice, check_targets
 from lightning_cpna.plots import log_figure, plot_tickets
@@ -224,6 +225,10 @@ class TicketRewind(SparsityCallback):
     def _plan(self, fit: Fit) -> None:
         for name in fit.names if self.granularity == "unit" else ():
             fit.sparsity.with_removable_units(name)
+
+    def _when(self, fit: Fit, budget: Budget) -> str:
+        branches = ", ".join(dict.fromkeys(one.branch for one in self._rounds))
+        return f"{self.levels} levels, rounds of {self.epochs} epochs: {branches}; {in_words(self._rewind)}"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the targets; note the random generators, before the first batches are drawn."""

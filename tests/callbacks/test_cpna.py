@@ -260,7 +260,7 @@ def test_the_progress_bar_shows_the_remaining_connections() -> None:
     assert spy.answers[-1] == 5
 
 
-def test_a_real_tensorboard_serves_scalars_pictures_and_hyperparameters(tmp_path: Path) -> None:
+def test_a_real_tensorboard_serves_scalars_pictures_the_plan_and_hyperparameters(tmp_path: Path) -> None:
     class Recorded(Classifier):
         def __init__(self) -> None:
             super().__init__()
@@ -277,6 +277,11 @@ def test_a_real_tensorboard_serves_scalars_pictures_and_hyperparameters(tmp_path
     values = ask("scalars/scalars?tag=cpna/connections&run=run")
     assert values[-1][2] == 14
     assert list(ask("images/tags")["run"]) == ["cpna/connectivity"]
+    pictures = [picture["step"] for picture in ask("images/images?tag=cpna/connectivity&run=run&sample=0")]
+    assert (pictures[0], pictures[-1]) == (1, 20)
+    assert len(pictures) > 3  # of about 190 connections half went more than once
+    assert ask("text/tags")["run"] == ["cpna/plan/text_summary"]
+    assert "Cubic(start=1, end=10, every=1)" in ask("text/text?tag=cpna/plan/text_summary&run=run")[0]["text"]
     experiment = ask("hparams/experiment", {})
     assert [info["name"] for info in experiment["hparamInfos"]] == ["width"]
     assert [info["name"]["tag"] for info in experiment["metricInfos"]] == ["final/connections"]

@@ -11,6 +11,7 @@ import lightning.pytorch
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
 from tests.compatibility.callbacks import Config, make
@@ -138,6 +139,18 @@ def cli(network: str, configs: list[Config], folder: Path) -> Outcome:
     return outcome(run.model)
 
 
+def on_board(network: str, configs: list[Config], folder: Path) -> Outcome:
+    events = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="the extra 'examples' is not installed"
+    )
+    board = TensorBoardLogger(folder, name="", version="run")
+    end = train(module(network, pl), configs, logger=board, log_every_n_steps=1)
+    written = events.EventAccumulator(board.log_dir).Reload()
+    assert any(tag.endswith("/connections") for tag in written.Tags()["scalars"])
+    assert any(tag.endswith("/plan/text_summary") for tag in written.Tags()["tensors"])
+    return end
+
+
 def cuda(network: str, configs: list[Config], folder: Path) -> Outcome:
     if not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
@@ -170,6 +183,7 @@ CIRCUMSTANCES: dict[str, Run] = {
     "manual": _plain(Manual),
     "`configure_model`": late,
     "LightningCLI": cli,
+    "TensorBoard": on_board,
     "DDP": ddp,
     "CUDA": cuda,
 }

@@ -1,0 +1,92 @@
+"""What TensorBoard and its kin get beside numbers: the plan as text, and pictures of the connectivity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from lightning_cpna.plots import connectivity, log_figure, plot_connectivity
+from lightning_cpna.sparsity import Sparsity
+
+HALF = 0.5  # chosen: a picture whenever half of the connections of the last one have gone
+MAX_CONNECTIONS = 5_000_000  # chosen: up to here a picture takes two or three seconds at most
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One line of a plan.
+
+    Attributes:
+        what: What is pruned or rewired.
+        kind: What is counted: connections, features or units.
+        n: How many there are.
+        n_end: How many should remain.
+        when: When, and by which schedule.
+    """
+
+    what: str
+    kind: str
+    n: int
+    n_end: int
+    when: str
+
+
+def plan_text(rows: Iterable[PlanRow]) -> str:
+    """Write a plan as a table in Markdown.
+
+    Example:
+        >>> print(plan_text([PlanRow("net.2.weight", "connection", 1024, 16, "Linear(start=10, end=90, every=1)")]))
+        | what | now | remain | when |
+        | --- | ---: | ---: | --- |
+        | `net.2.weight` | 1,024 connections | 16 | Linear(start=10, end=90, every=1) |
+    """
+    lines = ["| what | now | remain | when |", "| --- | ---: | ---: | --- |"]
+    lines += [f"| `{row.what}` | {row.n:,} {row.kind}s | {row.n_end:,} | {row.when} |" for row in rows]
+    return "\n".join(lines)
+
+
+def in_words(rule: object) -> str:
+    """Name a schedule, a score, or a function in its place.
+
+    Example:
+        >>> in_words(max)
+        'max'
+    """
+    return str(getattr(rule, "__qualname__", repr(rule)))
+
+
+def log_text(loggers: Iterable[Any], tag: str, text: str, step: int) -> None:
+    """Give a text to every logger that takes texts (TensorBoard and its kin)."""
+    for logger in loggers:
+        if hasattr(logger.experiment, "add_text"):
+            logger.experiment.add_text(tag, text, global_step=step)
+
+
+class ConnectivityPictures:
+    """Draws the connectivity when there is something new to see.
+
+    Args:
+        tag: What the pictures are called.
+    """
+
+    def __init__(self, tag: str) -> None:
+        self.tag = tag
+        self._n_drawn: int | None = None
+
+    def draw(self, loggers: Iterable[Any], sparsity: Sparsity, step: int, *, last: bool = False) -> None:
+        """Draw, if this is the first time, or the last, or half of the connections of the last picture have gone.
+
+        A network of more than five million live connections is not drawn.
+        """
+        n = sparsity.n_live()
+        if n > MAX_CONNECTIONS:
+            return
+        if last or self._n_drawn is None or n <= HALF * self._n_drawn:
+            self._n_drawn = n
+            log_figure(loggers, self.tag, partial(_picture, sparsity), step)
+
+
+def _picture(sparsity: Sparsity) -> Any:
+    return plot_connectivity(connectivity(sparsity))

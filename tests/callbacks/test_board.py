@@ -1,0 +1,121 @@
+"""What the loggers get beside numbers: plans and moments of pictures by hand, and a network that must not be drawn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from matplotlib.figure import Figure
+from pytorch_lightning.loggers.logger import DummyLogger
+from torch import nn
+
+from lightning_cpna import CPNAPruning, Geometric, NeuronPruning, SETRewiring, SparseLinear, TicketRewind
+from lightning_cpna.callbacks import board
+from lightning_cpna.callbacks.board import ConnectivityPictures
+from lightning_cpna.sparsity import Sparsity
+from lightning_cpna.tracing import trace
+from tests.helpers import N_FEATURES, Classifier, data, trainer
+
+
+class Experiment:
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+        self.figures: list[tuple[str, int]] = []
+
+    def add_text(self, tag: str, text: str, global_step: int) -> None:
+        self.texts[tag] = text
+
+    def add_figure(self, tag: str, figure: Figure, global_step: int) -> None:
+        self.figures.append((tag, global_step))
+
+
+class Board(DummyLogger):
+    """A logger that takes texts and figures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken = Experiment()
+
+    @property
+    def experiment(self) -> Any:
+        return self.taken
+
+
+def rows(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
+
+
+def fitted(*callbacks: pl.Callback, module: Any = None, epochs: int = 5) -> Experiment:
+    logger = Board()
+    trainer(*callbacks, logger=logger, log_every_n_steps=1, epochs=epochs).fit(module or Classifier(), data())
+    return logger.taken
+
+
+def test_the_plan_of_the_default_recipe_by_hand() -> None:
+    size = Classifier().net[2].weight.numel()
+    (hidden, inputs) = rows(fitted(CPNAPruning({"net.2.weight": 5, "net.0.weight": 9})).texts["cpna/plan"])
+    assert hidden[:3] == ["`net.2.weight`", f"{size} connections", "5"]
+    assert "optimizer steps: Annealing(start=5, end=" in hidden[3]
+    assert hidden[3].endswith(
+        "score: Score(kind='path', exponent=0.0, seed=0); the units of `net.0.weight` are normalised"
+    )
+    assert "Geometric(start=" in inputs[3]
+    assert "normalised" not in inputs[3]
+
+
+def test_the_plans_of_the_other_callbacks_by_hand() -> None:
+    neurons = NeuronPruning({"net.0.weight": 4}, schedule=Geometric(2, 9), compensate=None)
+    taken = fitted(neurons, SETRewiring({"net.0.weight": 20}, every=4))
+    width = Classifier().net[0].weight.shape[0]
+    assert rows(taken.texts["neurons/plan"]) == [
+        [
+            "`net.0.weight`",
+            f"{width} units",
+            "4",
+            "optimizer steps: Geometric(start=2, end=9, every=1); score: " + str(neurons._score),
+        ]
+    ]
+    (rewired,) = rows(taken.texts["rewiring/plan"])
+    assert rewired[:3] == ["`net.0.weight`", "20 connections", "20"]
+    assert rewired[3].startswith("every 4 optimizer steps, zeta: 0.3; Growth(kind='random'")
+    tickets = TicketRewind({"net.0.weight": 20}, epochs=2, levels=2, controls=["reinit"])
+    (ticket,) = rows(fitted(tickets, epochs=tickets.n_epochs).texts["ticket/plan"])
+    assert ticket[3].startswith("2 levels, rounds of 2 epochs: init, reinit; Rewind(to='init'")
+
+
+def test_a_plan_names_functions() -> None:
+    def halves(step: int, n_start: int, n_end: int) -> int:
+        return max(n_end, n_start >> step)
+
+    texts = fitted(CPNAPruning({"net.2.weight": 2}, schedule=halves, score="magnitude", normalize=False)).texts
+    assert "halves; score: Score(kind='magnitude'" in texts["cpna/plan"]
+
+
+def drawn_at(counts: list[int]) -> list[int]:
+    net = nn.Sequential(nn.Linear(8, 8, bias=False))
+    sparsity, logger = Sparsity(net), Board()
+    sparsity.graph = trace(net, torch.randn(2, 8))
+    pictures = ConnectivityPictures("tag")
+    for step, n in enumerate(counts):
+        dead = torch.zeros(64, dtype=torch.bool)
+        dead[n:] = True
+        sparsity.remove_("0.weight", dead.view(8, 8))
+        pictures.draw([logger], sparsity, step, last=step == len(counts) - 1)
+    return [step for _, step in logger.taken.figures]
+
+
+def test_pictures_are_drawn_first_at_every_half_and_last_by_hand() -> None:
+    assert drawn_at([64, 33, 32, 17, 16, 9, 9]) == [0, 2, 4, 6]
+
+
+def test_a_network_that_is_too_large_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board, "MAX_CONNECTIONS", 40)
+    assert drawn_at([64, 33, 32, 17, 16]) == [1, 4]
+
+
+def test_layers_that_store_their_connections_are_drawn() -> None:
+    net = nn.Sequential(SparseLinear(N_FEATURES, 12, 4.0), nn.ReLU(), nn.Linear(12, 1))
+    prune = NeuronPruning({"net.0.weight": 3}, schedule=Geometric(2, 9), compensate=None)
+    assert {tag for tag, _ in fitted(prune, module=Classifier(net)).figures} == {"neurons/connectivity"}
