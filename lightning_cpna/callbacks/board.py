@@ -38,11 +38,11 @@ def plan_text(rows: Iterable[PlanRow]) -> str:
 
     Example:
         >>> print(plan_text([PlanRow("net.2.weight", "connection", 1024, 16, "Linear(start=10, end=90, every=1)")]))
-        | what | now | remain | when |
+        | what | from | to | when |
         | --- | ---: | ---: | --- |
         | `net.2.weight` | 1,024 connections | 16 | Linear(start=10, end=90, every=1) |
     """
-    lines = ["| what | now | remain | when |", "| --- | ---: | ---: | --- |"]
+    lines = ["| what | from | to | when |", "| --- | ---: | ---: | --- |"]
     lines += [f"| `{row.what}` | {row.n:,} {row.kind}s | {row.n_end:,} | {row.when} |" for row in rows]
     return "\n".join(lines)
 
