@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from examples.data import Split
-from examples.quiet import silence
+from examples.quiet import quiet_trainer
 
 LR_FALL = 30.0  # how much smaller the learning rate is in the end
 
@@ -140,16 +140,10 @@ def fit(module: Networks, batch_size: int, callbacks: Sequence[Any] = ()) -> Non
     Raises:
         ValueError: If a member's data do not fill a batch.
     """
-    silence()
-    trainer = pl.Trainer(
+    trainer = quiet_trainer(
         max_epochs=module.first + module.fine_tuning,
         accelerator="cpu",
         callbacks=list(callbacks),
-        logger=False,
-        log_every_n_steps=0,  # there is no logger; what is logged at every step takes longer than a small network's step
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     sampler: Any = _Shuffled(module.members, batch_size)
     data = _Batches([member.data for member in module.members])

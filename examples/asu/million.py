@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from examples.asu.training import MLP, Recipe
-from examples.quiet import silence
+from examples.quiet import quiet_trainer
 from examples.results import load, save
 from lightning_cpna import SETRewiring
 
@@ -78,20 +78,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="examples a step (default: 32)")
     parser.add_argument("--out", type=Path, default=Path("runs/asu"), help="where the figures are written")
     args = parser.parse_args(arguments)
-    silence()
     torch.set_num_threads(1)
     pl.seed_everything(0, verbose=False)
     start = time.perf_counter()
     module = MLP(WIDTHS, RECIPE, args.epsilon)
     made, clock = time.perf_counter() - start, Clock()
-    trainer = pl.Trainer(
+    trainer = quiet_trainer(
         max_epochs=2,
         accelerator="cpu",
         callbacks=[SETRewiring(["net.*.weight"]), clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     trainer.fit(module, DataLoader(Noise(args.steps, args.batch_size), batch_size=None))
     row = {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from examples.asu.problem import EPSILON, METHODS, NEURONS, PROBLEMS, Problem, pruned_widths
 from examples.data import Split, asu, loader, standardized, word_counts
-from examples.quiet import silence
+from examples.quiet import quiet_trainer
 from examples.results import Row
 from lightning_cpna import Growth, NeuronPruning, SETRewiring, SparseLinear, sparsity_of
 
@@ -199,22 +199,18 @@ def run(
     Returns:
         The result, and the trained network.
     """
-    silence()
     torch.set_num_threads(1)
     recipe = recipe or RECIPES[name]
     train, test = data(name, seed, folder, recipe.inputs, validate)
     pl.seed_everything(seed, verbose=False)
     module, callbacks = build(PROBLEMS[name], method, recipe)
     curves = Curves(train, test)
-    trainer = pl.Trainer(
+    trainer = quiet_trainer(
         max_epochs=recipe.epochs,
         accelerator="cpu",
         callbacks=[*callbacks, curves],
         logger=logger,
         log_every_n_steps=len(train.y) // recipe.batch_size,  # once an epoch
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     start = time.perf_counter()
     trainer.fit(module, loader(train, recipe.batch_size, seed))

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from examples.compare.methods import Fitted, Method, Settings
 from examples.data import Batches, Split, loader
 from examples.features.networks import Classifier
-from examples.quiet import silence
+from examples.quiet import quiet_trainer
 from examples.xor.problem import Phase, PhaseBatches, Phases
 from examples.xor.recipes import Recipe, callbacks, features, hidden_by_score, inputs
 from lightning_cpna import Geometric, Growth, NeuronPruning, Restarts, SETRewiring, SparseLinear, find_features
@@ -45,18 +45,12 @@ def _fitted(module: nn.Module) -> Fitted:
 
 
 def _train(module: pl.LightningModule, train: Split, recipe: Recipe, seed: int, pruning: list[Any]) -> None:
-    silence()
     phases = [phase for phase, _ in recipe]
     n = len(train.y)
-    trainer = pl.Trainer(
+    trainer = quiet_trainer(
         max_epochs=1,
         accelerator="cpu",
         callbacks=[Phases(phases, n), *pruning],
-        logger=False,
-        log_every_n_steps=0,  # there is no logger
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     batches: Any = PhaseBatches(n, phases, torch.Generator().manual_seed(seed))
     trainer.fit(module, DataLoader(Batches(train), sampler=batches, batch_size=None))
@@ -154,7 +148,6 @@ class SparseMLP(pl.LightningModule):
 
 def evolved(settings: Settings, train: Split, n_classes: int, seed: int, *, neurons: bool = False) -> Fitted:
     """Train a sparse network by SET; with ``neurons`` by NPSET, which removes four fifths of the units in the first half."""
-    silence()
     pl.seed_everything(seed, verbose=False)
     n, p = train.x.shape
     hidden = ["net.1.weight", "net.3.weight"]
@@ -163,16 +156,11 @@ def evolved(settings: Settings, train: Split, n_classes: int, seed: int, *, neur
     if neurons:
         schedule, remain = Geometric(0.1, 0.5), dict.fromkeys(hidden, 0.2)
         pruning.append(NeuronPruning(remain, schedule=schedule, score="out_degree", compensate=None))
-    trainer = pl.Trainer(
+    trainer = quiet_trainer(
         max_steps=settings["steps"],
         max_epochs=-1,
         accelerator="cpu",
         callbacks=pruning,
-        logger=False,
-        log_every_n_steps=0,  # there is no logger
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     trainer.fit(module, loader(train, min(settings["batch_size"], n), seed))
     return _fitted(module)

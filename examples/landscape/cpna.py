@@ -20,7 +20,7 @@ from torchmetrics.functional.classification import binary_auroc
 from examples.arguments import run_sweep
 from examples.command import finish, parse
 from examples.landscape.networks import take_masks_
-from examples.quiet import silence
+from examples.quiet import quiet_trainer
 from examples.results import Row, mean_and_spread
 from examples.xor.problem import Phases, XORDataModule, XORNet
 from examples.xor.recipes import PROBLEMS, callbacks, recipe
@@ -69,14 +69,10 @@ def auc(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _fit(module: XORNet, data: XORDataModule, phases: list[Any], *more: pl.Callback) -> None:
-    trainer = pl.Trainer(
+    trainer = quiet_trainer(
         max_epochs=1,
         accelerator="cpu",
-        logger=False,
         callbacks=[Phases(phases, N), *more],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         limit_val_batches=0,
     )
     trainer.fit(module, data)
@@ -91,7 +87,6 @@ def _compact(net: XORNet, x: Tensor) -> XORNet:
 
 def look(*, seed: int) -> list[Row]:
     """Train the three solutions of one seed, and look at them and between them."""
-    silence()
     torch.set_num_threads(1)
     steps = recipe(K, METHOD)
     phases = [phase for phase, _ in steps]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from examples.arguments import run_sweep
 from examples.command import finish, parse
 from examples.data import Split, loader, mnist
-from examples.quiet import silence
+from examples.quiet import quiet_trainer
 from examples.results import Row, mean_and_spread
 from lightning_cpna import AlignmentLogger
 from lightning_cpna.landscape import alignment, filters_of, frame_potential_bounds
@@ -62,20 +62,16 @@ class ConvNet(pl.LightningModule):
 
 def train(*, filters: int, seed: int, folder: Path | None, board: Path) -> list[Row]:
     """Train one network, and return the angles of its filters at the beginning and in the end, as histograms."""
-    silence()
     torch.set_num_threads(1)
     parts = mnist(seed, folder)
     pl.seed_everything(seed, verbose=False)
     module = ConvNet(filters)
     before = alignment(filters_of(module, LAYER), CLUSTERS)
-    trainer = pl.Trainer(
+    trainer = quiet_trainer(
         max_epochs=EPOCHS,
         accelerator="cpu",
         logger=TensorBoardLogger(board, f"{filters}_filters", f"seed_{seed}", default_hp_metric=False),
         callbacks=[AlignmentLogger([LAYER], n_clusters=CLUSTERS, every_n_epochs=2)],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     trainer.fit(module, loader(Split(parts.train.x[:SAMPLES], parts.train.y[:SAMPLES]), BATCH, seed))
     module.eval()

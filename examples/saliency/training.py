@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.data import Split, Splits, loader
-from examples.quiet import silence
+from examples.quiet import quiet_trainer
 
 
 class Classifier(pl.LightningModule):
@@ -70,15 +70,11 @@ def fit(
     logger: Any = False,
 ) -> pl.Trainer:
     """Train a module."""
-    silence()
     torch.set_num_threads(1)
-    trainer = pl.Trainer(
+    trainer = quiet_trainer(
         max_epochs=epochs,
         callbacks=list(callbacks),
         logger=logger,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     trainer.fit(module, loader(data.train, batch_size, seed), loader(data.validation))
     return trainer

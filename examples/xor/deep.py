@@ -15,7 +15,7 @@ from torchmetrics.functional.classification import binary_auroc
 from examples.arguments import run_sweep
 from examples.command import finish, parse
 from examples.data import Split, loader
-from examples.quiet import silence
+from examples.quiet import quiet_trainer
 from examples.results import Row, counted, mean_and_spread
 from examples.xor.problem import XORData
 from examples.xor.training import OF_WEIGHTS
@@ -118,22 +118,16 @@ def deep(*, depth: int, method: str, seed: int, epochs: int) -> Row:
     Returns:
         The AUC on the training and test set in percent, and the live connections.
     """
-    silence()
     generator = torch.Generator().manual_seed(seed)
     train, test = XORData(K, P, N, generator), XORData(K, P, N, generator)
     widths, counts, weight_decay = DEPTHS[depth]
     pl.seed_everything(seed + OF_WEIGHTS, verbose=False)
     batches = loader(Split(train.x, train.y), BATCH_SIZE, seed)
     module = DeepNet(widths, weight_decay, epochs * (N // BATCH_SIZE))
-    trainer = pl.Trainer(
+    trainer = quiet_trainer(
         max_epochs=epochs,
         accelerator="cpu",
         callbacks=callbacks(method, module.weights, counts),
-        logger=False,
-        log_every_n_steps=0,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     trainer.fit(module, batches)
     masks = sparsity_of(module).masks

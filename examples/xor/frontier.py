@@ -17,7 +17,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 from examples.arguments import run_sweep
 from examples.command import finish, parse
-from examples.quiet import silence
+from examples.quiet import quiet_trainer
 from examples.results import Row, counted, mean_and_spread
 from examples.xor.problem import Phase, Phases, XORData, XORNet
 from examples.xor.pruned import pruned
@@ -98,16 +98,10 @@ def tail(k: int, x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, seed: int
         torch.manual_seed(seed)
         nets = [XORNet(x.shape[1], HIDDEN[k], phases, len(y)) for _ in range(TAILS[k])]
     stacked = stack(nets)
-    silence()
-    trainer = pl.Trainer(
+    trainer = quiet_trainer(
         max_epochs=1,
         accelerator="cpu",
         callbacks=[Phases(phases, len(y)), *callbacks(steps, len(y))],
-        logger=False,
-        log_every_n_steps=0,  # there is no logger
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     trainer.fit(stacked, DataLoader(_Examples(x, y), sampler=_Batches(len(y), phases, TAILS[k], seed), batch_size=None))
     members = [member(stacked, place) for place in range(TAILS[k])]

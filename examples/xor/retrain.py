@@ -20,7 +20,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from rich.console import Console
 
 from examples.arguments import add_sweep_arguments, at_least, run_sweep
-from examples.quiet import silence
+from examples.quiet import quiet_trainer
 from examples.readme import fill
 from examples.results import Row, load, mean_and_spread, save
 from examples.xor.problem import Phases, XORDataModule, XORNet
@@ -45,7 +45,6 @@ def retrain(k: int, method: str, seed: int, board: Path, n: int = 3000) -> list[
         board: The folder of TensorBoard runs.
         n: Training samples.
     """
-    silence()
     torch.set_num_threads(1)
     pl.seed_everything(seed + OF_WEIGHTS, verbose=False)
     steps = recipe(k, method)
@@ -53,14 +52,11 @@ def retrain(k: int, method: str, seed: int, board: Path, n: int = 3000) -> list[
     data = XORDataModule(k, PROBLEMS[k].p, n, seed, phases)
     module = XORNet(PROBLEMS[k].p, PROBLEMS[k].hidden, phases, n)
     ticket = TicketRewind(epochs=1, controls=["reinit"], monitor="auc/test")
-    trainer = pl.Trainer(
+    trainer = quiet_trainer(
         max_epochs=ticket.n_epochs,
         accelerator="cpu",
         logger=TensorBoardLogger(board, f"{k}d_retrain_{method}", f"seed_{seed}", default_hp_metric=False),
         callbacks=[Phases(phases, n), *callbacks(steps, n, shrink=True), ticket],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     trainer.fit(module, data)
     return [

@@ -15,7 +15,7 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from torchmetrics.functional.classification import binary_auroc
 
-from examples.quiet import silence
+from examples.quiet import quiet_trainer
 from examples.results import Row
 from examples.xor.problem import Phases, XORDataModule, XORNet
 from examples.xor.recipes import HIDDEN, INPUT, callbacks, recipe
@@ -180,7 +180,6 @@ def train(job: Job, board: Path | None = None) -> Run:
         job: What to train.
         board: The folder of TensorBoard runs; None: nothing is written.
     """
-    silence()
     torch.set_num_threads(1)
     steps = recipe(job.k, job.method)
     phases = [phase for phase, _ in steps]
@@ -203,16 +202,13 @@ def train(job: Job, board: Path | None = None) -> Run:
         )
         if logger and tries == 1:
             _remove(Path(logger.log_dir))
-        trainer = pl.Trainer(
+        trainer = quiet_trainer(
             max_epochs=1,
             val_check_interval=max(1, len(data.batches) // VALIDATIONS),
             log_every_n_steps=20,
             accelerator="cpu",
             logger=logger or False,
             callbacks=[Phases(phases, job.n), *callbacks(steps, job.n), history, check],
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
         )
         with warnings.catch_warnings():
             trainer.fit(module, data)

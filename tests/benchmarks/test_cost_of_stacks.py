@@ -13,11 +13,10 @@ import torch
 pytest.importorskip("joblib", reason="the extra 'sweeps' is not installed")
 
 from examples.data import Split, loader
-from examples.quiet import silence
+from examples.quiet import quiet_trainer
 from examples.xor.problem import Phase, XORData, XORNet
 from lightning_cpna import CPNAPruning, Geometric, member_loader, stack
 from lightning_cpna.sweeps import grid, sweep
-from tests.helpers import trainer
 
 pytestmark = pytest.mark.benchmark
 MEMBERS, WORKERS = 64, 2
@@ -38,22 +37,20 @@ def annealing() -> CPNAPruning:
 
 def separately(first: int, n: int) -> dict[str, float]:
     """Search with one fit for each network."""
-    silence()
     modules, x, y = nets(range(first, first + n))
     started = time.perf_counter()
     for seed, module in enumerate(modules, first):
-        one = trainer(annealing(), epochs=PRETRAINING + ANNEALING, log_every_n_steps=0)
+        one = quiet_trainer(callbacks=annealing(), max_epochs=PRETRAINING + ANNEALING, accelerator="cpu")
         one.fit(module, loader(Split(x, y), BATCH, seed))
     return {"seconds": time.perf_counter() - started}
 
 
 def stacked(first: int, n: int, device: str = "cpu") -> dict[str, float]:
     """Search with one fit for all."""
-    silence()
     modules, x, y = nets(range(first, first + n))
     data = [x.expand(n, *x.shape), y.expand(n, *y.shape)]
     started = time.perf_counter()
-    one = trainer(annealing(), epochs=PRETRAINING + ANNEALING, accelerator=device, log_every_n_steps=0)
+    one = quiet_trainer(callbacks=annealing(), max_epochs=PRETRAINING + ANNEALING, accelerator=device)
     one.fit(stack(modules), member_loader(data, batch_size=BATCH, seeds=range(first, first + n)))
     return {"seconds": time.perf_counter() - started}
 

@@ -13,11 +13,11 @@ from torch import nn
 pytest.importorskip("joblib", reason="the extra 'sweeps' is not installed")
 
 from examples.data import Split, loader
-from examples.quiet import silence
+from examples.quiet import quiet_trainer
 from examples.xor.problem import XORData
 from lightning_cpna import CPNAPruning
 from lightning_cpna.sweeps import grid, sweep
-from tests.helpers import Classifier, trainer
+from tests.helpers import Classifier
 
 pytestmark = pytest.mark.benchmark
 RUNS, WORKERS = 200, 2
@@ -25,7 +25,6 @@ RUNS, WORKERS = 200, 2
 
 def tiny(seed: int) -> dict[str, float]:
     """Prune a network of 32 units in 40 epochs of 10 steps."""
-    silence()
     pl.seed_everything(seed, verbose=False)
     data = XORData(3, 8, 500, torch.Generator().manual_seed(seed))
     net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
@@ -33,7 +32,7 @@ def tiny(seed: int) -> dict[str, float]:
     module, batches, fitted = (
         Classifier(net),
         loader(Split(data.x, data.y[:, None]), 50, seed),
-        trainer(pruning, epochs=40),
+        quiet_trainer(callbacks=pruning, max_epochs=40, accelerator="cpu"),
     )
     started = time.perf_counter()
     fitted.fit(module, batches)
