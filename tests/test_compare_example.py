@@ -15,6 +15,7 @@ pytest.importorskip("lassonet", reason="the extra 'compare' is not installed")
 from sklearn.metrics import accuracy_score, roc_auc_score
 
 from examples.compare import __main__ as compare
+from examples.compare import networks
 from examples.compare.methods import Fitted
 from examples.compare.problems import held_out, load
 from examples.data import Split
@@ -36,10 +37,11 @@ def blobs(n: int = 120) -> Split:
 @pytest.mark.parametrize(
     "method", [pytest.param(it, marks=pytest.mark.slow) if it == "LassoNet" else it for it in compare.METHODS]
 )
-def test_every_method_learns_blobs_and_says_what_it_reads(method: str) -> None:
+def test_every_method_learns_blobs_and_says_what_it_reads(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     space, fit = compare.METHODS[method]
     settings = {name: SMALL.get(name, values[0]) for name, values in space.items()}
     settings |= {"C": 1.0} if "C" in space else {}
+    monkeypatch.setattr(networks, "TAIL", 300)
     fitted = fit(settings, blobs(), 3, 0)
     scores = fitted.scores(blobs(60).x)
     assert scores.shape == (60, 3)
@@ -68,9 +70,9 @@ def test_trials_are_the_same_for_all_problems_and_the_best_on_what_is_held_out_i
         assert drawn == [compare.drawn(method, trial, 6) for trial in range(6)]
     rows = [
         {"problem": "a", "method": "m", "validation": value, "settings": settings}
-        for value, settings in ((1.0, "x"), (3.0, "y"), (2.0, "z"))
+        for value, settings in ((1.0, "x"), (5.0, "y"), (2.0, "z"), (1.0, "x"), (0.0, "y"), (4.0, "z"))
     ]
-    assert compare.best(rows) == {("a", "m"): "y"}
+    assert compare.best(rows) == {("a", "m"): "z"}
 
 
 def test_what_is_held_out_is_a_quarter_of_each_class_and_no_test_data() -> None:
