@@ -173,7 +173,8 @@ def tensorboard(folder: Path) -> Callable[..., Any]:
     """Start a real TensorBoard on a folder; return a function that asks its plugins over HTTP."""
     program = pytest.importorskip("tensorboard.program", reason="the extra 'examples' is not installed")
     board = program.TensorBoard()
-    board.configure(argv=[None, "--logdir", str(folder), "--port", "0", "--host", "127.0.0.1", "--load_fast", "false"])
+    at_once = ["--load_fast", "false", "--reload_task", "blocking", "--reload_interval", "0"]
+    board.configure(argv=[None, "--logdir", str(folder), "--port", "0", "--host", "127.0.0.1", *at_once])
     address = board.launch()
 
     def ask(path: str, body: Any = None) -> Any:
