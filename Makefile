@@ -95,9 +95,10 @@ results-features: env
 	for name in noise asu; do $(BIN)/python -m examples.features.$$name --out runs/features/$$name --readme README.md || exit 1; done
 	cp runs/features/*/*.csv runs/features/*/*.png examples/features/results/
 
-# Other methods beside ours: a search and five splits for each method and data set; the data sets as above.
+# Other methods beside ours: a search and five splits for each method and data set (hours); the data sets as above.
 results-compare: env
-	$(BIN)/python -m examples.compare --out runs/compare
+	$(BIN)/python -m examples.compare --out runs/compare --readme README.md
+	cp runs/compare/*.csv runs/compare/compare.png examples/compare/results/
 
 format: env
 	$(BIN)/ruff check --fix .

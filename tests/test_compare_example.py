@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from examples.compare import networks
 from examples.compare.methods import Fitted
 from examples.compare.problems import held_out, load
 from examples.data import Split
+from examples.readme import fill
+from lightning_cpna.sweeps import load_rows
 
 SMALL = {
     "steps": 200, "hidden": 16, "width": 40, "units": 4, "inputs": 4, "batch_size": 32, "features": 4, "tries": 2, "most": 4,
@@ -100,6 +103,20 @@ def test_the_tables_from_rows_made_by_hand(monkeypatch: pytest.MonkeyPatch) -> N
     assert "| SET | 4: 0.38 / 0.75 (all in 1 of 2) |" in lines
     assert "| XGBoost | 1.0 | 2 | 4 | 1,000 | 2.0 (2) | 1.5 |" in lines
     assert "| SET | 2.0 | 0 | 4 | 1,000 | 3.0 (6) | 1.5 |" in lines
+
+
+def test_the_readme_shows_the_committed_results_of_settings_that_were_best_in_the_search() -> None:
+    root = Path(__file__).parents[1]
+    rows, searched = (
+        load_rows(root / "examples" / "compare" / "results" / f"{name}.csv") for name in ("compare", "search")
+    )
+    readme = (root / "README.md").read_text()
+    assert fill(readme, "examples.compare", compare.table(rows)) == readme
+    chosen = compare.best(searched)
+    assert {(row["problem"], row["method"]): row["settings"] for row in rows} == chosen
+    tried = Counter((row["problem"], row["method"]) for row in searched)
+    assert set(tried.values()) == {compare.SIZES["reduced"].trials * compare.SIZES["reduced"].folds}
+    assert compare.draw(rows).axes
 
 
 def test_a_repeat_counts_the_relevant_features(monkeypatch: pytest.MonkeyPatch) -> None:
