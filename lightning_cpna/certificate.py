@@ -85,6 +85,6 @@ def certify(losses: Tensor, labels: Tensor, level: float, generator: torch.Gener
         orders = torch.rand(min(BATCH, n - n_drawn), len(labels), generator=generator).argsort(dim=1)
         drawn.append(lowest(labels[orders]))
         n_drawn += len(orders)
-        as_low += int((drawn[-1] <= loss * (1 + 1e-12)).sum())
+        as_low += int((drawn[-1] <= loss + 1e-12 * abs(loss)).sum())
     chance = torch.cat(drawn)
     return Certificate(float(loss), float(chance.mean()), float(chance.std()), (1 + as_low) / (1 + n_drawn), level)

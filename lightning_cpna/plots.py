@@ -201,7 +201,12 @@ def readable_log_axis(axes: Axes) -> None:
 
 def log_figure(loggers: Iterable[Any], tag: str, draw: Callable[[], Figure], step: int) -> None:
     """Give a figure to every logger that takes figures (TensorBoard and its kin)."""
-    for logger in loggers:
-        if hasattr(logger.experiment, "add_figure"):
-            with torch.no_grad():
-                logger.experiment.add_figure(tag, draw(), global_step=step)
+    for add_figure in that_take("add_figure", loggers):
+        with torch.no_grad():
+            add_figure(tag, draw(), global_step=step)
+
+
+def that_take(what: str, loggers: Iterable[Any]) -> list[Callable[..., None]]:
+    """Return this method of the loggers' experiments that have it; that of a ``fast_dev_run`` has everything."""
+    experiments = [getattr(logger, "experiment", None) for logger in loggers]
+    return [getattr(it, what) for it in experiments if hasattr(it, what) and type(it).__name__ != "_DummyExperiment"]

@@ -43,15 +43,17 @@ SIZES = {"quick": Size(1, 1, 1, 1), "reduced": Size(6, 2, 5, 10), "full": Size(2
 
 
 def measure(fitted: Fitted, split: Split) -> float:
-    """Return the AUC in percent where there are two classes, else the accuracy."""
+    """Return the AUC in percent where there are two classes, else the accuracy; 0 where a score is no number."""
     scores = fitted.scores(split.x)
+    if not scores.isfinite().all():
+        return 0.0
     if scores.shape[1] == 2:
         return 100 * float(binary_auroc(scores[:, 1] - scores[:, 0], split.y))
     return 100 * float((scores.argmax(1) == split.y).double().mean())
 
 
 def drawn(method: str, trial: int, n_trials: int) -> Settings:
-    """Return the settings of a trial, of a Latin hypercube: every value of every setting is tried as often.
+    """Return the settings of a trial, of a Latin hypercube: every value of a setting is tried about as often.
 
     They are the same trials for every data set.
     """
@@ -60,14 +62,13 @@ def drawn(method: str, trial: int, n_trials: int) -> Settings:
     return {name: values[int(place * len(values))] for (name, values), place in zip(space.items(), places, strict=True)}
 
 
-def search(*, problem: str, method: str, trial: int, n_trials: int, fold: int, folder: Path | None) -> Row:
+def search(*, problem: str, method: str, trial: int, settings: str, fold: int, folder: Path | None) -> Row:
     """Fit a method with the settings of a trial to the training part of one split, and measure it on a quarter of that."""
     data = load(problem, FIRST_SEED - 1, folder)
     train, held = held_out(data.train, fold)
-    settings = drawn(method, trial, n_trials)
     with threadpool_limits(limits=1):
-        fitted = METHODS[method].fit(settings, train, data.n_classes, fold)
-        return {"validation": round(measure(fitted, held), 4), "settings": json.dumps(settings)}
+        fitted = METHODS[method].fit(json.loads(settings), train, data.n_classes, fold)
+        return {"validation": round(measure(fitted, held), 4)}
 
 
 def repeat(*, problem: str, method: str, seed: int, settings: str, folder: Path | None) -> Row:
@@ -204,14 +205,17 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse("examples.compare", __doc__, arguments, sizes=sizes, data=True, problems=present)
     size = SIZES[args.size]
     torch.set_num_threads(1)
-    settings = [
-        {"problem": problem, "method": method, "trial": trial, "n_trials": size.trials, "fold": fold}
+    settings = {
+        method: [json.dumps(drawn(method, trial, size.trials)) for trial in range(size.trials)] for method in METHODS
+    }
+    trials = [
+        {"problem": problem, "method": method, "trial": trial, "settings": settings[method][trial], "fold": fold}
         for problem in args.problems
         for method in METHODS
         for trial in range(size.trials)
         for fold in range(size.folds)
     ]
-    searched = run_sweep(args, partial(search, folder=args.data), settings, title="search")
+    searched = run_sweep(args, partial(search, folder=args.data), trials, title="search")
     Console().print(f"searched: {save_rows(searched, args.out / 'search.csv')}")
     chosen = best(searched)
     again = [

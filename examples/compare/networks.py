@@ -91,7 +91,7 @@ def cpna(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
         recipe.append((phase(0.3, lr, decay), inputs(4 * n_in, exponent=12)))
     recipe += [
         (phase(0.25, lr / 3, LATE_DECAY), hidden_by_score(n_out)),
-        (phase(0.25, lr, LATE_DECAY), inputs(n_in, exponent=0 if "features" in settings else 8)),
+        (phase(0.25, lr, LATE_DECAY), inputs(n_in, exponent=0 if by_features else 8)),
         (phase(0.15, lr, LATE_DECAY / 10, lr / 100), None),
     ]
     module = Classifier(p, n_classes, settings["hidden"])

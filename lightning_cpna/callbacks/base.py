@@ -433,8 +433,9 @@ class SparsityCallback(Callback):
             log_text(fit.trainer.loggers, f"{self.name}/plan", plan_text(rows), fit.trainer.global_step)
 
     def _draw(self, fit: Fit, *, last: bool = False) -> None:
-        """Give the loggers a picture of the connectivity, if there is something new to see."""
-        if fit.leads and fit.trainer.is_global_zero and fit.sparsity.graph:
+        """Give the loggers a picture of the connectivity, if there is something new to see, and nothing is cut out of it."""
+        is_whole = fit.sparsity.full_graph is None
+        if fit.leads and fit.trainer.is_global_zero and fit.sparsity.graph and is_whole:
             fit.pictures.draw(fit.trainer.loggers, fit.sparsity, fit.trainer.global_step, last=last)
 
     def _can_plan(self, fit: Fit) -> bool:

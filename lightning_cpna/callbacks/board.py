@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lightning_cpna.plots import connectivity, log_figure, plot_connectivity
+from lightning_cpna.plots import connectivity, log_figure, plot_connectivity, that_take
 from lightning_cpna.sparsity import Sparsity
 
 HALF = 0.5  # chosen: a picture whenever half of the connections of the last one have gone
-MAX_CONNECTIONS = 5_000_000  # chosen: up to here a picture takes two or three seconds at most
+MAX_CONNECTIONS, MAX_LAYERS = 5_000_000, 12  # chosen: up to here a picture takes two or three seconds at most
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ def plan_text(rows: Iterable[PlanRow]) -> str:
         | `net.2.weight` | 1,024 connections | 16 | Linear(start=10, end=90, every=1) |
     """
     lines = ["| what | from | to | when |", "| --- | ---: | ---: | --- |"]
-    lines += [f"| `{row.what}` | {row.n:,} {row.kind}s | {row.n_end:,} | {row.when} |" for row in rows]
+    for row in rows:
+        when = row.when.replace("|", "\\|").replace("<", "\\<")
+        lines.append(f"| `{row.what}` | {row.n:,} {row.kind}s | {row.n_end:,} | {when} |")
     return "\n".join(lines)
 
 
@@ -59,9 +61,8 @@ def in_words(rule: object) -> str:
 
 def log_text(loggers: Iterable[Any], tag: str, text: str, step: int) -> None:
     """Give a text to every logger that takes texts (TensorBoard and its kin)."""
-    for logger in loggers:
-        if hasattr(logger.experiment, "add_text"):
-            logger.experiment.add_text(tag, text, global_step=step)
+    for add_text in that_take("add_text", loggers):
+        add_text(tag, text, global_step=step)
 
 
 class ConnectivityPictures:
@@ -78,10 +79,10 @@ class ConnectivityPictures:
     def draw(self, loggers: Iterable[Any], sparsity: Sparsity, step: int, *, last: bool = False) -> None:
         """Draw, if this is the first time, or the last, or half of the connections of the last picture have gone.
 
-        A network of more than five million live connections is not drawn.
+        A network of more than five million live connections, or of more than twelve layers, is not drawn.
         """
         n = sparsity.n_live()
-        if n > MAX_CONNECTIONS:
+        if n > MAX_CONNECTIONS or len(sparsity.graph or ()) > MAX_LAYERS:
             return
         if last or self._n_drawn is None or n <= HALF * self._n_drawn:
             self._n_drawn = n

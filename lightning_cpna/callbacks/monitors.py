@@ -16,7 +16,7 @@ from lightning_cpna.callbacks.capture import Capture, running_eagerly, trace_few
 from lightning_cpna.graph import Graph
 from lightning_cpna.landscape.alignment import Alignment, alignment, filters_of, plot_alignment
 from lightning_cpna.layers import layers_of
-from lightning_cpna.plots import log_figure
+from lightning_cpna.plots import log_figure, that_take
 
 STATE_VERSION = 1
 
@@ -210,14 +210,14 @@ class AlignmentLogger(Callback):
             }
             for logger in loggers:
                 logger.log_metrics({f"{tag}/{key}": value for key, value in values.items()}, step)
-                if hasattr(logger.experiment, "add_embedding"):
-                    logger.experiment.add_embedding(
-                        found.filters,
-                        metadata=list(zip(found.units.tolist(), found.clusters.tolist(), strict=True)),
-                        metadata_header=["unit", "cluster"],
-                        tag=tag,
-                        global_step=step,
-                    )
+            for add_embedding in that_take("add_embedding", loggers):
+                add_embedding(
+                    found.filters,
+                    metadata=list(zip(found.units.tolist(), found.clusters.tolist(), strict=True)),
+                    metadata_header=["unit", "cluster"],
+                    tag=tag,
+                    global_step=step,
+                )
             if layer not in self._clustered:
                 self._clustered[layer] = alignment(self._first[layer], self.n_clusters)
             log_figure(loggers, tag, partial(plot_alignment, found, self._clustered[layer]), step)

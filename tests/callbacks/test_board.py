@@ -8,10 +8,19 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from matplotlib.figure import Figure
-from pytorch_lightning.loggers.logger import DummyLogger
+from pytorch_lightning.loggers.logger import DummyLogger, Logger
 from torch import nn
 
-from lightning_cpna import CPNAPruning, Geometric, NeuronPruning, SETRewiring, SparseLinear, TicketRewind
+from lightning_cpna import (
+    CPNAPruning,
+    Geometric,
+    NeuronPruning,
+    OneShot,
+    SETRewiring,
+    SparseLinear,
+    TicketRewind,
+    connectivity,
+)
 from lightning_cpna.callbacks import board
 from lightning_cpna.callbacks.board import ConnectivityPictures
 from lightning_cpna.sparsity import Sparsity
@@ -113,6 +122,50 @@ def test_pictures_are_drawn_first_at_every_half_and_last_by_hand() -> None:
 def test_a_network_that_is_too_large_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(board, "MAX_CONNECTIONS", 40)
     assert drawn_at([64, 33, 32, 17, 16]) == [1, 4]
+
+
+class Plain(Logger):
+    """A logger that has what a logger must have, and nothing else."""
+
+    name = version = "plain"
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.metrics = metrics
+
+    def log_hyperparams(self, params: Any, *arguments: Any, **options: Any) -> None:
+        raise AssertionError
+
+
+def test_a_logger_without_an_experiment_gets_numbers() -> None:
+    plain, taken = Plain(), Board()
+    callback = CPNAPruning({"net.2.weight": 5}, schedule=Geometric(2, 9), normalize=False)
+    trainer(callback, logger=[plain, taken], log_every_n_steps=1).fit(Classifier(), data())
+    assert plain.metrics["cpna/connections"] == 5
+    assert taken.taken.texts
+    assert taken.taken.figures
+
+
+def test_a_fast_dev_run_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(board, "_picture", never)
+    callback = CPNAPruning({"net.2.weight": 5}, schedule=OneShot(1), normalize=False)
+    trainer(callback, logger=True, fast_dev_run=True).fit(Classifier(), data())
+
+
+def test_a_network_that_is_shrunk_is_drawn_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, ...]] = []
+
+    def noted(sparsity: Sparsity) -> Figure:
+        sizes.append(connectivity(sparsity).sizes)
+        return Figure()
+
+    monkeypatch.setattr(board, "_picture", noted)
+    features = CPNAPruning({"net.0.weight": 2}, schedule=Geometric(2, 15), granularity="feature", shrink=True)
+    fitted(features)
+    assert len(sizes) > 1
+    assert set(sizes) == {(N_FEATURES, Classifier().net[0].out_features, 1)}
 
 
 def test_layers_that_store_their_connections_are_drawn() -> None:
