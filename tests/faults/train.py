@@ -50,7 +50,8 @@ def train(folder: Path, callback: str, *others: Any) -> None:
         checkpoint(folder, every_n_epochs=1, save_on_train_epoch_end=True),
     ]
     trainer(*callbacks, epochs=EPOCHS, enable_checkpointing=True).fit(trained, data(), ckpt_path=newest(folder))
-    torch.save((weights(trained), live_masks(trained)), folder / "end.pt")
+    torch.save((weights(trained), live_masks(trained)), folder / "end.part")
+    (folder / "end.part").rename(folder / "end.pt")
 
 
 if __name__ == "__main__":
