@@ -21,7 +21,7 @@ def member_loader(
 
     Args:
         tensors: Inputs and labels, say, with a leading axis of members, ``(member, n, ...)``; where all read the same,
-            ``x.expand(n_members, *x.shape)`` takes no memory.
+            ``x.expand(n_members, *x.shape)`` takes no memory. What is on a GPU is read there, at no cost of moving it.
         batch_size: Examples a step, of each member.
         seeds: The seed of each member's order.
         drop_last: Whether an incomplete batch at the end of an epoch is left out.
@@ -64,7 +64,7 @@ class _Members(Dataset[Any]):
 
     def __getitem__(self, rows: Tensor) -> tuple[Tensor, ...]:
         members = torch.arange(len(rows))[:, None]
-        return tuple(tensor[members, rows] for tensor in self.tensors)
+        return tuple(tensor[members.to(tensor.device), rows.to(tensor.device)] for tensor in self.tensors)
 
 
 class _Orders(Sampler[Any]):

@@ -374,6 +374,11 @@ class _Features(Callback):
         closed = sparsity.masks[self.weight].closed_inputs(sparsity.targets[self.weight].axes).cpu()
         return (~closed).nonzero()[:, 1].view(len(closed), -1)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the examples where the network is."""
+        tensors = trainer.train_dataloader.dataset.tensors  # type: ignore[union-attr]
+        tensors[:] = [tensor.to(pl_module.device) for tensor in tensors]
+
     @torch.no_grad()
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop what died, once that is half of the features."""

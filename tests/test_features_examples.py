@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 pytest.importorskip("sklearn", reason="the extra 'examples' is not installed")
 pytest.importorskip("pandas", reason="the extra 'sweeps' is not installed")
 
-from examples.data import is_here
+from examples.data import DATA_VARIABLE, is_here
 from examples.features import asu, noise
 from examples.readme import fill
 from examples.results import Row
@@ -82,7 +83,8 @@ def test_the_table_of_noise_from_rows_made_by_hand() -> None:
 
 
 @pytest.mark.skipif(
-    not is_here("Lung-discrete"), reason="Lung-discrete is not in the folder that LIGHTNING_CPNA_DATA names"
+    not os.environ.get(DATA_VARIABLE) or not is_here("Lung-discrete"),
+    reason="Lung-discrete is not in the folder that LIGHTNING_CPNA_DATA names",
 )
 def test_a_search_among_shuffled_labels_is_not_certified(monkeypatch: pytest.MonkeyPatch) -> None:
     quick = Restarts(4, together=4, pretraining=2, annealing=6, refit=1, batch_size=16)

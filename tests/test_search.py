@@ -22,6 +22,7 @@ from lightning_cpna import Found, Restarts, find_features, member, stack
 from lightning_cpna import search as search_module
 from lightning_cpna.member_batches import mixed_seed
 from lightning_cpna.search import _first_weight
+from tests.helpers import on_every_device
 
 P, N = 12, 400
 QUICK = Restarts(8, 8, together=4, pretraining=6, annealing=12, refit=8, batch_size=80)
@@ -80,9 +81,10 @@ def noise(seed: int = 3) -> tuple[Tensor, Tensor]:
     return x, y[torch.randperm(N, generator=torch.Generator().manual_seed(seed))]
 
 
-def test_the_two_features_that_matter_only_together_are_found_and_certified() -> None:
+@on_every_device
+def test_the_two_features_that_matter_only_together_are_found_and_certified(device: str) -> None:
     x, y = xor()
-    found = search(x, y)
+    found = search(x, y, trainer=partial(pl.Trainer, accelerator=device))
     assert found.features == (3, 7)
     assert found.certificate.holds
     assert found.certificate.margin > 10

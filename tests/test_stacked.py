@@ -33,6 +33,7 @@ from lightning_cpna import (
     trace,
 )
 from lightning_cpna.targets import Axes, all_targets
+from tests.helpers import on_every_device
 
 N, P, BATCH, STEPS, MEMBERS = 100, 6, 16, 20, 3
 
@@ -479,8 +480,9 @@ def test_a_stack_is_not_validated() -> None:
         trainer.fit(stack(members(Validated)), loader, loader)
 
 
-def test_every_member_takes_every_example_once_an_epoch_in_the_order_that_it_has_alone() -> None:
-    x = torch.arange(20).expand(3, 20)
+@on_every_device
+def test_every_member_takes_every_example_once_an_epoch_in_the_order_that_it_has_alone(device: str) -> None:
+    x = torch.arange(20, device=device).expand(3, 20)
     loader, single = (
         member_loader([x[:n], x[:n]], batch_size=6, seeds=seeds) for n, seeds in ((3, [7, 8, 9]), (1, [8]))
     )

@@ -26,6 +26,8 @@ def seconds(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
         for name, way in ways.items():
             start = time.perf_counter()
             way()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, value in medians.items():
@@ -72,6 +74,25 @@ def test_a_step_of_ten_thousand_by_ten_thousand_against_dense_times_mask() -> No
     )
     times = list(median.values())
     assert 20 * times[2] / times[0] >= 300
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("batch", [32, 1024])
+def test_a_step_of_ten_thousand_by_ten_thousand_on_a_gpu_against_dense(batch: int) -> None:
+    n = 10_000
+    sparse = SparseLinear(n, n, EPSILON, bias=False)
+    dense, mask = sparse.to_dense().cuda(), sparse.live.float().cuda()
+    x, gradient = torch.randn(batch, n, device="cuda"), torch.randn(batch, n, device="cuda")
+    print(f"on {torch.cuda.get_device_name()}, batch {batch}")
+    median = seconds(
+        {
+            "SparseLinear alone, 20 steps": steps(20, sparse.cuda(), x, gradient),
+            "dense, 20 steps": steps(20, dense, x, gradient),
+            "dense * mask, 20 steps": steps(20, dense, x, gradient, mask),
+        },
+        rounds=5,
+    )
+    assert median["SparseLinear alone, 20 steps"] < median["dense, 20 steps"] < median["dense * mask, 20 steps"]
 
 
 def test_a_step_of_ten_thousand_by_ten_thousand_against_synapses() -> None:

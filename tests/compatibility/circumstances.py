@@ -46,7 +46,8 @@ def outcome(trained: Any) -> Outcome:
 
 def ddp(network: str, configs: list[Config], folder: Path) -> Outcome:
     torch.multiprocessing.set_sharing_strategy("file_system")
-    train(module(network, pl), configs, extra=[RankSpy(folder)], strategy="ddp_fork", devices=2)
+    start = "spawn" if torch.cuda.is_initialized() else "fork"  # which is quicker, and which CUDA does not allow
+    train(module(network, pl), configs, extra=[RankSpy(folder)], strategy=f"ddp_{start}", devices=2)
     (masks, first), (others, second) = (torch.load(folder / f"{rank}.pt") for rank in (0, 1))
     for name, live in masks.items():
         assert torch.equal(live, others[name])

@@ -1,4 +1,7 @@
-"""Where ``RECORD_MATRIX`` names a file, what became of every cell is written into it: the table of the site."""
+"""Where ``RECORD_MATRIX`` names a file, what became of every cell is written into it: the table of the site.
+
+A cell that cannot be tried on this machine, which has no GPU, say, stays what it was there.
+"""
 
 from __future__ import annotations
 
@@ -25,5 +28,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_sessionfinish() -> None:
     if "RECORD_MATRIX" in os.environ:
-        rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in CELLS)
-        Path(os.environ["RECORD_MATRIX"]).write_text(f"[\n{rows}\n]\n")
+        path = Path(os.environ["RECORD_MATRIX"])
+        before = {tuple(row[:3]): row for row in json.loads(path.read_text())} if path.exists() else {}
+        cells = [before.get(tuple(row[:3]), row) if row[3] == "skipped" else row for row in CELLS]
+        path.write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in cells) + "\n]\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, NamedTuple
 
 import torch
@@ -102,8 +103,15 @@ def module(name: str, package: Any, *mixins: type) -> Any:
             super().__init__()
             self.net = NETWORKS[name].build()
 
+        def __reduce__(self) -> Any:  # a process that is spawned must make the class again
+            return _again, (name, package.__name__, mixins), self.__dict__
+
     torch.manual_seed(0)
     return Trained()
+
+
+def _again(name: str, package: str, mixins: tuple[type, ...]) -> Any:
+    return module(name, importlib.import_module(package), *mixins)
 
 
 def data() -> DataLoader[Any]:
