@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BATCH = 1000  # permutations at a time
+BATCH, MAX_MARKS = 1000, 10_000_000  # chosen: permutations at a time, and times examples and labels; 160 MB
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ def certify(losses: Tensor, labels: Tensor, level: float, generator: torch.Gener
         return (flat @ marks.T).amin(dim=0) / len(labels)
 
     loss = lowest(labels[None])[0]
-    n = math.ceil(1 / level)
+    n, at_once = math.ceil(1 / level), min(BATCH, max(1, MAX_MARKS // flat.shape[1]))
     drawn: list[Tensor] = []
     n_drawn = as_low = 0
     while n_drawn < n and not as_low:
-        orders = torch.rand(min(BATCH, n - n_drawn), len(labels), generator=generator).argsort(dim=1)
+        orders = torch.rand(min(at_once, n - n_drawn), len(labels), generator=generator).argsort(dim=1)
         drawn.append(lowest(labels[orders]))
         n_drawn += len(orders)
         as_low += int((drawn[-1] <= loss + 1e-12 * abs(loss)).sum())

@@ -52,10 +52,12 @@ class Connectivity:
         layers: For each layer its weight's name, and three tensors ``(n_connections,)``: which unit of the layer before
             (int64), which unit of this layer (int64), and the weight (for convolutions the norm of the kernel).
         sizes: The number of features, then the number of units of each layer.
+        inputs: What the first layer reads: features, or what the trace could not follow.
     """
 
     layers: tuple[tuple[str, Tensor, Tensor, Tensor], ...]
     sizes: tuple[int, ...]
+    inputs: str = "features"
 
 
 def connectivity(sparsity: Sparsity) -> Connectivity:
@@ -86,7 +88,8 @@ def connectivity(sparsity: Sparsity) -> Connectivity:
             sources = owner[inputs]
         layers.append((name, sources, units, weight))
         sizes.append(target.axes.n_units(target.parameter))
-    return Connectivity(tuple(layers), tuple(sizes))
+    inputs = "features" if graph[chain[0]].unknown_source is None else f"inputs of {chain[0]}"
+    return Connectivity(tuple(layers), tuple(sizes), inputs)
 
 
 def _live_connections(sparsity: Sparsity, target: Target) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,7 +147,7 @@ def plot_connectivity(result: Connectivity, feature_names: Iterable[str] | None 
                 fontsize=8,
                 rotation=90 if len(used[0]) > 30 else 0,
             )
-    titles = ["features", *(f"units of {name}" for name, *_ in result.layers)]
+    titles = [result.inputs, *(f"units of {name}" for name, *_ in result.layers)]
     labels = [f"{t}\n{len(row)} of {n}" for t, row, n in zip(titles, used, result.sizes, strict=True)]
     axes.set_yticks(range(len(labels)), labels)
     axes.set(xlim=(0, 1), ylim=(-0.35, len(labels) - 0.8), xticks=[])

@@ -205,10 +205,7 @@ def load_rows(file: str | Path) -> list[Row]:
 
     file = _table(file)
     is_csv = file.suffix == ".csv"
-    if is_csv:
-        table = pd.read_csv(file, keep_default_na=False, na_values=[""], float_precision="round_trip")
-    else:
-        table = pd.read_parquet(file)
+    table = pd.read_csv(file, keep_default_na=False, na_values=[""]) if is_csv else pd.read_parquet(file)
     records = table.convert_dtypes().to_dict("records")
     return [{str(name): value for name, value in record.items() if not pd.isna(value)} for record in records]
 

@@ -70,7 +70,10 @@ def test_trials_are_the_same_for_all_problems_and_the_best_on_what_is_held_out_i
     for method in compare.METHODS:
         drawn = [compare.drawn(method, trial, 6) for trial in range(6)]
         assert len({json.dumps(one, sort_keys=True) for one in drawn}) == 6, "all methods have as many trials"
-        assert drawn == [compare.drawn(method, trial, 6) for trial in range(6)]
+        for name, values in compare.METHODS[method].space.items():
+            counts = Counter(json.dumps(one[name]) for one in drawn)
+            assert set(counts) <= set(map(json.dumps, values))
+            assert all(abs(counts[json.dumps(value)] - 6 / len(values)) < 1 for value in values), name
     rows = [
         {"problem": "a", "method": "m", "validation": value, "settings": settings}
         for value, settings in ((1.0, "x"), (5.0, "y"), (2.0, "z"), (1.0, "x"), (0.0, "y"), (4.0, "z"))
