@@ -140,6 +140,18 @@ def test_connections_that_skip_a_layer_are_left_out_by_hand() -> None:
     assert edges(connectivity(sparsity))[1] == ("b.weight", [(0, 0, 7.0), (1, 0, 8.0)])
 
 
+def test_the_lowest_row_is_of_features_only_where_the_network_reads_them() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 1))
+    broken = nn.Sequential(nn.Linear(4, 6), nn.Softmax(dim=1), nn.Linear(6, 1))
+    for module, inputs in ((net, "features"), (broken, "inputs of 2.weight")):
+        sparsity = Sparsity(module)
+        sparsity.add_budgets(module, {"2.weight": 3})
+        sparsity.graph = trace(module, torch.rand(2, 4))
+        drawn = connectivity(sparsity)
+        assert drawn.inputs == inputs
+        assert plot_connectivity(drawn).axes[0].get_yticklabels()[0].get_text().startswith(inputs)
+
+
 def test_connectivity_of_an_untraced_module_raises() -> None:
     with pytest.raises(ValueError, match="not traced"):
         connectivity(Sparsity(nn.Linear(2, 1)))

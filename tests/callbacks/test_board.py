@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from lightning_cpna.callbacks import board
 from lightning_cpna.callbacks.board import ConnectivityPictures
 from lightning_cpna.sparsity import Sparsity
 from lightning_cpna.tracing import trace
-from tests.helpers import N_FEATURES, Classifier, data, trainer
+from tests.helpers import N_FEATURES, Classifier, checkpoint, checkpoints, data, trainer
 
 
 class Experiment:
@@ -143,6 +144,38 @@ def test_a_logger_without_an_experiment_gets_numbers() -> None:
     assert plain.metrics["cpna/connections"] == 5
     assert taken.taken.texts
     assert taken.taken.figures
+
+
+def test_of_several_callbacks_one_draws_and_each_tells_its_plan() -> None:
+    taken = fitted(
+        CPNAPruning({"net.2.weight": 5}, schedule=Geometric(2, 9), normalize=False, name="first"),
+        CPNAPruning({"net.0.weight": 9}, schedule=Geometric(4, 12), normalize=False, name="second"),
+    )
+    assert set(taken.texts) == {"first/plan", "second/plan"}
+    assert {tag for tag, _ in taken.figures} == {"first/connectivity"}
+    assert len({step for _, step in taken.figures}) == len(taken.figures)
+
+
+def test_a_resumed_fit_tells_what_is_left_to_do(tmp_path: Path) -> None:
+    def pruning() -> CPNAPruning:
+        return CPNAPruning({"net.2.weight": 2}, schedule=Geometric(1, 12), normalize=False)
+
+    logger = Board()
+    first = trainer(pruning(), checkpoint(tmp_path, every_n_train_steps=5), enable_checkpointing=True)
+    first.fit(Classifier(), data())
+    file = next(path for path in checkpoints(tmp_path) if path.stem == "step=5")
+    n_live = int(torch.load(file, weights_only=True)["state_dict"]["net.2.weight"].count_nonzero())
+    resumed = Classifier()
+    trainer(pruning(), logger=logger, log_every_n_steps=1).fit(resumed, data(), ckpt_path=file)
+    (row,) = rows(logger.taken.texts["cpna/plan"])
+    assert row[1:3] == [f"{n_live} connections", "2"]
+    assert min(step for _, step in logger.taken.figures) > 5
+
+
+def test_processes_but_the_first_tell_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pl.strategies.SingleDeviceStrategy, "is_global_zero", False)
+    taken = fitted(CPNAPruning({"net.2.weight": 5}, schedule=Geometric(2, 9), normalize=False))
+    assert (taken.texts, taken.figures) == ({}, [])
 
 
 def test_a_fast_dev_run_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
