@@ -33,6 +33,10 @@ class Masks(Mapping[str, Mask]):
     def __init__(self) -> None:
         self._masks: dict[str, Mask] = {}
 
+    def __repr__(self) -> str:
+        counts = (f"{name!r}: {mask.n_live:,} of {mask.dead.numel():,}" for name, mask in self.items())
+        return f"Masks({', '.join(counts)})"
+
     def __getitem__(self, name: str) -> Mask:
         return self._masks[name]
 

@@ -88,8 +88,8 @@ def connectivity(sparsity: Sparsity) -> Connectivity:
             sources = owner[inputs]
         layers.append((name, sources, units, weight))
         sizes.append(target.axes.n_units(target.parameter))
-    inputs = "features" if graph[chain[0]].unknown_source is None else f"inputs of {chain[0]}"
-    return Connectivity(tuple(layers), tuple(sizes), inputs)
+    read = "features" if graph[chain[0]].unknown_source is None else f"inputs of {chain[0]}"
+    return Connectivity(tuple(layers), tuple(sizes), read)
 
 
 def _live_connections(sparsity: Sparsity, target: Target) -> tuple[Tensor, Tensor, Tensor]:

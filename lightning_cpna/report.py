@@ -30,6 +30,8 @@ class LayerReport:
         units: All units.
         live_features: Inputs with a live connection.
         features: All inputs.
+        effective: Live connections on a path from an input of the network to an output, as far as the trace knows it; None
+            where the layer was not traced. The others carry a constant, or feed nothing.
     """
 
     name: str
@@ -40,6 +42,7 @@ class LayerReport:
     units: int
     live_features: int
     features: int
+    effective: int | None = None
 
     @property
     def density(self) -> float:
@@ -90,19 +93,20 @@ class SparsityReport:
         if not self.layers:
             table.caption = "no masks are known for this module; infer_masks reads them off its zeros"
         table.add_column("parameter")
-        for title in ("connections", "target", "density", "live units", "live features"):
+        for title in ("connections", "effective", "target", "density", "live units", "live features"):
             table.add_column(title, justify="right")
         for layer in self.layers:
             table.add_row(
                 layer.name,
                 f"{layer.connections:,} / {layer.size:,}",
+                "" if layer.effective is None else f"{layer.effective:,}",
                 "" if layer.target is None else f"{layer.target:,}",
                 f"{layer.density:.4g}",
                 f"{layer.live_units:,} / {layer.units:,}",
                 f"{layer.live_features:,} / {layer.features:,}",
             )
         table.add_section()
-        table.add_row("total", f"{self.connections:,} / {self.size:,}", "", f"{self.density:.4g}", "", "")
+        table.add_row("total", f"{self.connections:,} / {self.size:,}", "", "", f"{self.density:.4g}", "", "")
         return table
 
     def __str__(self) -> str:
@@ -152,6 +156,41 @@ def may_feed(masks: Masks, graph: Graph, targets: Mapping[str, Target], name: st
     return feeds
 
 
+def effective_masks(masks: Masks, graph: Graph, targets: Mapping[str, Target]) -> dict[str, Tensor]:
+    """Mark the live connections of the traced layers that lie on a path from an input of the network to an output.
+
+    What feeds a layer counts as reached, and what its units feed as read, where the trace does not know it.
+
+    Returns:
+        By weight, bool of the weight's shape.
+
+    Example:
+        >>> from lightning_cpna import Sparsity, trace
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+        >>> sparsity = Sparsity(net)
+        >>> sparsity.graph = trace(net, torch.rand(3, 2))
+        >>> sparsity.remove_("0.weight", torch.tensor([[False, False], [True, True]]))
+        >>> effective_masks(sparsity.masks, sparsity.graph, sparsity.targets)["2.weight"]
+        tensor([[ True, False]])
+    """
+    found, reached = dict[str, Tensor](), dict[str, Tensor]()
+    for name, layer in graph.items():
+        live, axes = live_mask(masks, targets[name]).clone(), layer.axes
+        inputs = live.new_ones(axes.n_members(live), axes.n_inputs(live))  # (member, input)
+        for producer in graph.feeding(name):
+            inputs = inputs & graph.at_inputs(reached[producer.weight], name, producer.weight, default=True)
+        axes.view(live).logical_and_(axes.along_inputs(inputs, live))
+        found[name], reached[name] = live, axes.sum_of_units(live) > 0
+    for name, layer in reversed(list(graph.items())):
+        live, axes = found[name], layer.axes
+        units = torch.full_like(reached[name], layer.is_output or layer.lost is not None)  # (member, unit)
+        for reader in graph.fed_by(name):
+            inputs = reader.axes.sum_of_inputs(found[reader.weight])  # (member, input)
+            units = units | (graph.at_units(inputs, reader.weight, name) > 0)
+        axes.view(live).logical_and_(axes.along_units(units, live))
+    return found
+
+
 def live_mask(masks: Masks, target: Target) -> Tensor:
     """Return which connections of a parameter live; all of them if it has no mask."""
     if target.name in masks:
@@ -184,6 +223,7 @@ def sparsity_report(
         (1, 1, 1)
     """
     layers = []
+    effective = {} if graph is None else effective_masks(masks, graph, targets)
     for name, mask in masks.items():
         axes = targets[name].axes
         features = axes.live_features(mask.live)
@@ -198,6 +238,7 @@ def sparsity_report(
                 units=units.numel(),
                 live_features=int(features.sum()),
                 features=features.numel(),
+                effective=int(effective[name].sum()) if name in effective else None,
             )
         )
     return SparsityReport(tuple(layers))

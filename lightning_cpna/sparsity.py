@@ -178,10 +178,14 @@ class Sparsity:
         """Count what remains; in a stacked network, of the member with the most."""
         return max(self._counts(budget))
 
-    def n_live(self) -> int:
-        """Count what lives in all weights that were traced or have a mask."""
+    def live_counts(self) -> dict[str, int]:
+        """Count what lives in each weight that was traced or has a mask."""
         names = dict.fromkeys((*(self.graph or ()), *self.masks))
-        return sum(self.masks[name].n_live if name in self.masks else self.tensors[name].numel() for name in names)
+        return {name: self.masks[name].n_live if name in self.masks else self.tensors[name].numel() for name in names}
+
+    def n_live(self) -> int:
+        """Count what lives in all of them."""
+        return sum(self.live_counts().values())
 
     def n_connections(self) -> int:
         """Count all connections of these weights, live or not, in their full shapes."""

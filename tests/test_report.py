@@ -1,13 +1,16 @@
+import itertools
 import json
 import re
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_cpna import Axes, Graph, LayerReport, Masks, SparsityReport, trace
 from lightning_cpna.graph import Layer
-from lightning_cpna.report import feeds_something, live_mask, live_units, sparsity_report
+from lightning_cpna.report import effective_masks, feeds_something, live_mask, live_units, sparsity_report
 from lightning_cpna.targets import Target, all_targets
 
 # 1 lives. Units are rows, features columns.
@@ -22,6 +25,9 @@ LAST = [  # 5 units, 2 outputs
     [1, 1, 0, 0, 1],
     [0, 0, 0, 0, 1],
 ]
+
+
+WEIGHTS = ["0.weight", "2.weight", "4.weight"]
 
 
 def masked(net: nn.Module, live: dict[str, list[list[int]]]) -> Masks:
@@ -48,8 +54,8 @@ def test_counts_equal_those_of_a_hand_drawn_network() -> None:
     )
     # Units 0 and 4 have both sides; unit 1 has no input, units 2 and 3 no output.
     assert report.layers == (
-        LayerReport("0.weight", 5, 20, None, live_units=2, units=5, live_features=2, features=4),
-        LayerReport("2.weight", 4, 10, 4, live_units=2, units=2, live_features=3, features=5),
+        LayerReport("0.weight", 5, 20, None, live_units=2, units=5, live_features=2, features=4, effective=3),
+        LayerReport("2.weight", 4, 10, 4, live_units=2, units=2, live_features=3, features=5, effective=3),
     )
     assert [layer.density for layer in report.layers] == [5 / 20, 4 / 10]
     assert (report.connections, report.size, report.density) == (9, 30, 9 / 30)
@@ -88,6 +94,22 @@ def test_which_units_live_is_literal() -> None:
     assert feeds_something(masks, graph, targets, "2.weight").tolist() == [[True, True]]
 
 
+@given(st.integers(0, 2**32 - 1), st.floats(0.1, 0.6))
+def test_effective_connections_are_those_of_all_paths_by_brute_force(seed: int, density: float) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    generator = torch.Generator().manual_seed(seed)
+    live = {name: torch.rand(net.get_parameter(name).shape, generator=generator) < density for name in WEIGHTS}
+    a, b, c = live.values()
+    on_a_path = {name: torch.zeros_like(mask) for name, mask in live.items()}
+    for i, j, k, m in itertools.product(range(3), range(4), range(3), range(2)):
+        if a[j, i] and b[k, j] and c[m, k]:
+            on_a_path["0.weight"][j, i] = on_a_path["2.weight"][k, j] = on_a_path["4.weight"][m, k] = True
+    masks = masked(net, {name: mask.int().tolist() for name, mask in live.items()})
+    found = effective_masks(masks, trace(net, torch.rand(5, 3)), all_targets(net))
+    for name, mask in on_a_path.items():
+        assert torch.equal(found[name], mask), name
+
+
 class TwoReaders(nn.Module):
     def __init__(self, answers_hidden: bool) -> None:
         super().__init__()
@@ -115,8 +137,8 @@ def test_convolution_units_and_features_are_channels_by_hand() -> None:
         masked(net, {"0.weight": conv, "3.weight": last}), all_targets(net), trace(net, torch.randn(2, 2, 3, 3))
     )
     assert report.layers == (
-        LayerReport("0.weight", 6, 24, None, live_units=2, units=3, live_features=2, features=2),
-        LayerReport("3.weight", 3, 12, None, live_units=1, units=1, live_features=3, features=12),
+        LayerReport("0.weight", 6, 24, None, live_units=2, units=3, live_features=2, features=2, effective=5),
+        LayerReport("3.weight", 3, 12, None, live_units=1, units=1, live_features=3, features=12, effective=3),
     )
 
 
@@ -167,8 +189,8 @@ def test_members_of_a_stacked_network_are_counted_together() -> None:
         masks[name].remove_(live[name] == 0)
     assert live_units(masks, graph, targets, "first").tolist() == [[False, True, False], [True, False, True]]
     first, last = sparsity_report(masks, targets, graph).layers
-    assert first == LayerReport("first", 5, 12, None, live_units=3, units=6, live_features=3, features=4)
-    assert last == LayerReport("last", 4, 6, None, live_units=2, units=2, live_features=4, features=6)
+    assert first == LayerReport("first", 5, 12, None, live_units=3, units=6, live_features=3, features=4, effective=4)
+    assert last == LayerReport("last", 4, 6, None, live_units=2, units=2, live_features=4, features=6, effective=3)
 
 
 def test_a_masked_bias_has_units_and_one_feature() -> None:
@@ -179,7 +201,9 @@ def test_a_masked_bias_has_units_and_one_feature() -> None:
 
 REPORT = SparsityReport(
     (
-        LayerReport("net.0.weight", 1234, 98765, 1200, live_units=17, units=64, live_features=42, features=1543),
+        LayerReport(
+            "net.0.weight", 1234, 98765, 1200, live_units=17, units=64, live_features=42, features=1543, effective=1000
+        ),
         LayerReport("net.2.weight", 31, 128, None, live_units=1, units=2, live_features=29, features=64),
     )
 )
@@ -197,6 +221,7 @@ def test_the_report_as_primitives_is_literal_and_json() -> None:
                 "units": 64,
                 "live_features": 42,
                 "features": 1543,
+                "effective": 1000,
                 "density": 1234 / 98765,
             },
             "net.2.weight": {
@@ -208,6 +233,7 @@ def test_the_report_as_primitives_is_literal_and_json() -> None:
                 "units": 2,
                 "live_features": 29,
                 "features": 64,
+                "effective": None,
                 "density": 31 / 128,
             },
         },
@@ -219,7 +245,7 @@ def test_the_report_as_primitives_is_literal_and_json() -> None:
 def test_the_printed_report_has_a_line_a_layer_with_its_numbers() -> None:
     lines = str(REPORT).splitlines()
     wanted = {
-        "net.0.weight": "1,234 / 98,765 1,200 0.01249 17 / 64 42 / 1,543",
+        "net.0.weight": "1,234 / 98,765 1,000 1,200 0.01249 17 / 64 42 / 1,543",
         "net.2.weight": "31 / 128 0.2422 1 / 2 29 / 64",
         "total": "1,265 / 98,893 0.01279",
     }

@@ -10,7 +10,7 @@ from typing import Any
 from lightning_cpna.plots import connectivity, log_figure, plot_connectivity, that_take
 from lightning_cpna.sparsity import Sparsity
 
-HALF = 0.5  # chosen: a picture whenever half of the connections of the last one have gone
+HALF = 0.5  # chosen: a picture whenever half of a layer's connections in the last one have gone
 MAX_CONNECTIONS, MAX_LAYERS = 5_000_000, 12  # chosen: up to here a picture takes two or three seconds at most
 
 
@@ -74,18 +74,18 @@ class ConnectivityPictures:
 
     def __init__(self, tag: str) -> None:
         self.tag = tag
-        self._n_drawn: int | None = None
+        self._drawn: dict[str, int] | None = None
 
     def draw(self, loggers: Iterable[Any], sparsity: Sparsity, step: int, *, last: bool = False) -> None:
-        """Draw, if this is the first time, or the last, or half of the connections of the last picture have gone.
+        """Draw, if this is the first time, or the last, or half of a layer's connections in the last picture have gone.
 
         A network of more than five million live connections, or of more than twelve layers, is not drawn.
         """
-        n = sparsity.n_live()
-        if n > MAX_CONNECTIONS or len(sparsity.graph or ()) > MAX_LAYERS:
+        live, before = sparsity.live_counts(), self._drawn
+        if sum(live.values()) > MAX_CONNECTIONS or len(sparsity.graph or ()) > MAX_LAYERS:
             return
-        if last or self._n_drawn is None or n <= HALF * self._n_drawn:
-            self._n_drawn = n
+        if last or before is None or any(n < before[name] and n <= HALF * before[name] for name, n in live.items()):
+            self._drawn = live
             log_figure(loggers, self.tag, partial(_picture, sparsity), step)
 
 

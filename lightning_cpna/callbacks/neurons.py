@@ -142,6 +142,10 @@ class NeuronPruning(ScheduledPruning):
         if isinstance(self.schedule, EpochFraction):
             self._seen = None if fit.watch is None else fit.watch.state_dict()
 
+    def _check_goals(self, fit: Fit) -> None:
+        if not isinstance(self.schedule, EpochFraction):  # whose counts are those of what is left
+            super()._check_goals(fit)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the connectivity and let go of the optimizers."""
         self._remember(self._running())

@@ -39,6 +39,7 @@ class ScheduledPruning(SparsityCallback):
             "n_start": dict(self._n_start),
             "thresholds": dict(self._thresholds),
             "generator": self._generator.get_state(),
+            "goals": dict(self._goals),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -47,11 +48,13 @@ class ScheduledPruning(SparsityCallback):
         self._n_start = dict(state_dict["n_start"])
         self._thresholds = dict(state_dict["thresholds"])
         self._generator.set_state(state_dict["generator"])
+        self._goals = dict(state_dict["goals"])
 
     def _begin(self) -> None:
         super()._begin()
         self._n_start = dict[str, int]()
         self._thresholds = dict[str, float]()
+        self._goals = dict[str, list[Any]]()
         self._generator.manual_seed(self._seed)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -68,6 +71,30 @@ class ScheduledPruning(SparsityCallback):
                 "will not be reached; lower its end, give it as a fraction, or train longer",
                 stacklevel=2,
             )
+
+    def _see(self, fit: Fit) -> None:
+        super()._see(fit)
+        if fit.planned:
+            self._check_goals(fit)
+
+    def _check_goals(self, fit: Fit) -> None:
+        """Refuse to go on to other counts than those that a resumed fit had; say so if it is another way that leads there."""
+        before, now = self._goals, {b.label: [b.n_end, self._when(fit, b)] for b in fit.budgets}
+        self._goals = now
+        if not before:
+            return
+        counts, wanted = ({label: n for label, (n, _) in goals.items()} for goals in (before, now))
+        if counts != wanted:
+            raise ValueError(
+                f"{self.name}: targets ask for {wanted}, where the checkpoint's fit asked for {counts}; allowed is to resume "
+                "with the same; for others load the weights alone (load_state_dict), and their masks with infer_masks"
+            )
+        for label, (_, how) in now.items():
+            if how != before[label][1]:
+                warnings.warn(
+                    f"{self.name}: {label!r} goes on by {how}, where the checkpoint's fit had {before[label][1]}",
+                    stacklevel=2,
+                )
 
     def _reach(
         self, fit: Fit, budget: Budget, schedule: ScheduleFunction, time: int, prune: Callable[[int], float]
