@@ -49,16 +49,16 @@ def certify(losses: Tensor, labels: Tensor, level: float, generator: torch.Gener
 
     Args:
         losses: The loss of every try on every held-out example, if its label were each of those that there are, float64
-            ``(try, example, label)``; not finite where a try has failed.
+            ``(try, example, label)``. A try with a NaN or a loss of minus infinity has failed, and is left out.
         labels: Which label each example has, int64 ``(example,)``.
-        level: What the p-value must not exceed.
+        level: What the p-value must not exceed, in (0, 1).
         generator: Draws the permutations.
 
     Returns:
         The certificate.
 
     Raises:
-        ValueError: If no try has a finite loss.
+        ValueError: If no try has a finite mean loss, or the level is out of range.
 
     Example:
         >>> labels = torch.tensor([0, 1] * 20)
@@ -66,11 +66,13 @@ def certify(losses: Tensor, labels: Tensor, level: float, generator: torch.Gener
         >>> certify(learned[None], labels, 0.001, torch.Generator().manual_seed(0)).holds
         True
     """
-    flat = torch.nan_to_num(losses, nan=torch.inf).flatten(1)  # (try, example * label)
-    flat = flat[flat.isfinite().all(dim=1)]
-    if not len(flat):
-        raise ValueError("network: no try ended with a finite loss on the held-out examples")
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"level is {level!r}; allowed is a float in (0, 1)")
     n_labels = losses.shape[2]
+    losses = losses[~(losses.isnan() | (losses == -torch.inf)).flatten(1).any(dim=1)]
+    if not losses.gather(2, labels[None, :, None].expand(len(losses), -1, 1)).mean(dim=1).isfinite().any():
+        raise ValueError("network: no try ended with a finite loss on the held-out examples")
+    flat = losses.nan_to_num().flatten(1)  # (try, example * label); infinity is the largest number, which times 0 is 0
 
     def lowest(chosen: Tensor) -> Tensor:
         """Return the lowest loss of any try, ``(permutation,)``, for labels ``(permutation, example)``."""

@@ -30,7 +30,7 @@ def member_loader(
         A loader of tuples of tensors ``(member, batch, ...)``.
 
     Raises:
-        ValueError: If the tensors have not the same members and examples.
+        ValueError: If the tensors have not the same members and examples, or a number is out of range.
 
     Example:
         >>> x, y = torch.arange(6.0).expand(2, 6), torch.arange(6).expand(2, 6)
@@ -45,8 +45,10 @@ def member_loader(
         raise ValueError(
             f"tensors have shapes {shapes}; allowed are (member, n, ...), of the {len(seeds)} members that seeds has"
         )
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; allowed is 1 or more")
+    if type(batch_size) is not int or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}; allowed is an int, 1 or more")
+    if any(seed < 0 for seed in seeds):
+        raise ValueError(f"seeds has {min(seeds)}; allowed is 0 or more")
     order: Any = _Orders(size[1], batch_size, seeds, drop_last)
     return DataLoader(
         _Members(tensors),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from lightning_cpna.report import live_mask
 from lightning_cpna.targets import ListedAxes, Target
 
 if TYPE_CHECKING:
+    from lightning_cpna.graph import Graph
     from lightning_cpna.schedules import Schedule
     from lightning_cpna.sparsity import Sparsity
     from lightning_cpna.tickets import RoundReport
@@ -61,9 +62,10 @@ class Connectivity:
 
 
 def connectivity(sparsity: Sparsity) -> Connectivity:
-    """Read the connectivity of the longest chain of traced layers that ends at the output.
+    """Read the connectivity of a chain of traced layers that ends at an output.
 
-    Of a stack, it is that of the first member.
+    It is the chain with the most layers that have a mask, and the longest of these; connections that skip layers, and other
+    branches, are left out. Of a stack, it is that of the first member.
 
     Raises:
         ValueError: If the module was not traced.
@@ -71,16 +73,14 @@ def connectivity(sparsity: Sparsity) -> Connectivity:
     graph = sparsity.graph
     if not graph:
         raise ValueError("sparsity: the module was not traced, so it is not known which layer feeds which")
-    chain = [next((name for name in reversed(list(graph)) if graph[name].is_output), next(reversed(list(graph))))]
-    while feeding := graph.feeding(chain[0]):
-        chain.insert(0, feeding[-1].weight)
+    chain = _longest_chain(graph, sparsity.masks)
     layers, sizes = [], []
     for position, name in enumerate(chain):
         target = sparsity.targets[name]
         units, inputs, weight = _live_connections(sparsity, target)
         if position == 0:
             sources = inputs
-            sizes.append(target.axes.n_inputs(target.parameter))
+            sizes.append(target.axes.groups * target.axes.n_inputs(target.parameter))
         else:
             owner = graph[name].sources - graph[chain[position - 1]].units.start  # (input,)
             inside = (owner[inputs] >= 0) & (owner[inputs] < len(graph[chain[position - 1]].units))
@@ -90,6 +90,20 @@ def connectivity(sparsity: Sparsity) -> Connectivity:
         sizes.append(target.axes.n_units(target.parameter))
     read = "features" if graph[chain[0]].unknown_source is None else f"inputs of {chain[0]}"
     return Connectivity(tuple(layers), tuple(sizes), read)
+
+
+def _longest_chain(graph: Graph, masks: Collection[str]) -> list[str]:
+    """Return the chain of layers with the most masks, then the longest, then the one that ran last."""
+
+    def length(chain: list[str]) -> tuple[int, int]:
+        return sum(name in masks for name in chain), len(chain)
+
+    chains: dict[str, list[str]] = {}
+    for name in graph:
+        feeding = [chains[layer.weight] for layer in reversed(graph.feeding(name)) if layer.weight in chains]
+        chains[name] = [*max(feeding, key=length, default=[]), name]
+    ends = [name for name in graph if graph[name].is_output] or list(graph)
+    return max((chains[name] for name in reversed(ends)), key=length)
 
 
 def _live_connections(sparsity: Sparsity, target: Target) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +118,10 @@ def _live_connections(sparsity: Sparsity, target: Target) -> tuple[Tensor, Tenso
     weight = target.axes.view(weight)[0, ..., None].flatten(2).cpu()  # (unit, input, kernel)
     weight = weight[..., 0] if weight.shape[2] == 1 else weight.norm(dim=2)
     units, inputs = live.nonzero(as_tuple=True)
-    return units, inputs, weight[units, inputs]
+    group = units // (
+        len(live) // target.axes.groups
+    )  # of a grouped convolution, whose units read their group's channels
+    return units, inputs + group * live.shape[1], weight[units, inputs]
 
 
 def plot_connectivity(result: Connectivity, feature_names: Iterable[str] | None = None) -> Figure:
@@ -116,8 +133,13 @@ def plot_connectivity(result: Connectivity, feature_names: Iterable[str] | None 
     Args:
         result: The connectivity.
         feature_names: Names of the inputs, in their order.
+
+    Raises:
+        ValueError: If there are not as many names as inputs.
     """
     names = list(map(str, range(result.sizes[0])) if feature_names is None else feature_names)
+    if len(names) != result.sizes[0]:
+        raise ValueError(f"feature_names has {len(names)} names; allowed are {result.sizes[0]}, one for each input")
     used = [_used(result, level) for level in range(len(result.sizes))]
     figure = Figure(figsize=(10, 2 + 2 * len(result.layers)), layout="constrained")
     axes = figure.subplots()

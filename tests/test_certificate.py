@@ -65,8 +65,29 @@ def test_tries_without_a_finite_loss_are_left_out() -> None:
     losses = torch.rand(3, 20, 2, dtype=torch.float64)
     with_failed = torch.cat([losses, torch.full((2, 20, 2), torch.nan)])
     assert certify(with_failed, labels, 0.01, generator()) == certify(losses, labels, 0.01, generator())
-    with pytest.raises(ValueError, match="no try ended with a finite loss"):
-        certify(with_failed[3:], labels, 0.01, generator())
+    diverged = torch.stack(
+        [torch.full((20, 2), value, dtype=torch.float64) for value in (-torch.inf, torch.nan, torch.inf)]
+    )
+    kept, expected = (
+        vars(certify(some, labels, 0.01, generator())) for some in (torch.cat([losses, diverged]), losses)
+    )
+    assert kept == pytest.approx(expected, rel=1e-12)
+    for failed in (with_failed[3:], diverged, diverged[2:]):
+        with pytest.raises(ValueError, match="no try ended with a finite loss"):
+            certify(failed, labels, 0.01, generator())
+
+
+def test_a_try_that_excludes_the_wrong_labels_is_certified() -> None:
+    labels = torch.tensor([0, 1] * 20)
+    never = torch.eye(2).logical_not().double()[labels] * torch.inf  # inf * 0 is NaN
+    perfect = never.nan_to_num(nan=0.0, posinf=torch.inf)
+    assert certify(perfect[None], labels, 0.01, generator()).holds
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, 2.0, -0.1])
+def test_a_level_out_of_range_is_refused(level: float) -> None:
+    with pytest.raises(ValueError, match=rf"level is {level}; allowed is a float in \(0, 1\)"):
+        certify(torch.rand(1, 4, 2), torch.tensor([0, 1, 0, 1]), level, generator())
 
 
 def test_a_margin_is_counted_in_standard_deviations() -> None:

@@ -152,6 +152,45 @@ def test_the_lowest_row_is_of_features_only_where_the_network_reads_them() -> No
         assert plot_connectivity(drawn).axes[0].get_yticklabels()[0].get_text().startswith(inputs)
 
 
+class Branches(nn.Module):
+    """A deep and a wide way to the output; the wide one runs last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.wide = nn.Linear(4, 6), nn.Linear(6, 1), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.a(x).relu()) + self.wide(x)
+        return out
+
+
+@pytest.mark.parametrize(("masked", "chain"), [([], ["a.weight", "b.weight"]), (["wide.weight"], ["wide.weight"])])
+def test_the_chain_has_the_most_masks_and_then_the_most_layers(masked: list[str], chain: list[str]) -> None:
+    net = Branches()
+    sparsity = Sparsity(net)
+    sparsity.graph = trace(net, torch.rand(2, 4))
+    for name in masked:
+        sparsity.add_mask(name)
+    assert [name for name, *_ in connectivity(sparsity).layers] == chain
+
+
+def test_channels_of_a_grouped_convolution_are_features_of_their_own() -> None:
+    net = nn.Sequential(nn.Conv2d(4, 8, 1, groups=4, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1))
+    sparsity = Sparsity(net)
+    sparsity.graph = trace(net, torch.rand(2, 4, 1, 1))
+    drawn = connectivity(sparsity)
+    assert drawn.sizes == (4, 8, 1)
+    _, channels, units, weight = drawn.layers[0]
+    assert list(zip(channels.tolist(), units.tolist(), strict=True)) == [(unit // 2, unit) for unit in range(8)]
+    torch.testing.assert_close(weight, net.get_parameter("0.weight").detach().flatten())
+
+
+def test_too_few_feature_names_are_refused() -> None:
+    drawn = Connectivity((("w", torch.tensor([0]), torch.tensor([0]), torch.tensor([1.0])),), (3, 1))
+    with pytest.raises(ValueError, match="feature_names has 2 names; allowed are 3, one for each input"):
+        plot_connectivity(drawn, ["a", "b"])
+
+
 def test_connectivity_of_an_untraced_module_raises() -> None:
     with pytest.raises(ValueError, match="not traced"):
         connectivity(Sparsity(nn.Linear(2, 1)))

@@ -336,6 +336,16 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "of the 1 members",
     ),
     "batch size": (lambda: member_loader([torch.zeros(1, 5)], batch_size=0, seeds=[0]), ValueError, "batch_size is 0"),
+    "a fraction": (
+        lambda: member_loader([torch.zeros(1, 5)], batch_size=2.0, seeds=[0]),  # type: ignore[arg-type]
+        ValueError,
+        "batch_size is 2.0; allowed is an int",
+    ),
+    "seed": (
+        lambda: member_loader([torch.zeros(2, 5)], batch_size=2, seeds=[1, -1]),
+        ValueError,
+        "seeds has -1; allowed is 0 or more",
+    ),
 }
 
 

@@ -55,7 +55,7 @@ def measure(fitted: Fitted, split: Split) -> float:
 def drawn(method: str, trial: int, n_trials: int) -> Settings:
     """Return the settings of a trial, of a Latin hypercube: every value of a setting is tried about as often.
 
-    They are the same trials for every data set.
+    They are the same trials for every data set. A space with few values has the same settings several times.
     """
     space = METHODS[method].space
     places = LatinHypercube(len(space), rng=np.random.default_rng(0)).random(n_trials)[trial]
@@ -130,7 +130,7 @@ def draw(rows: list[Row]) -> Figure:
 
 def table(rows: list[Row]) -> str:
     """Return three tables in Markdown: the test results, the features where it is known which matter, and what it costs."""
-    return "\n\n".join([_results(rows), _features(rows), _costs(rows)])
+    return "\n\n".join(part for part in (_results(rows), _features(rows), _costs(rows)) if part)
 
 
 def _results(rows: list[Row]) -> str:
@@ -149,10 +149,12 @@ def _results(rows: list[Row]) -> str:
 
 
 def _features(rows: list[Row]) -> str:
-    """Return how many features are read, how many of these matter, and how many of those that matter are read."""
+    """Return how many features are read, how many of these matter, and of those that matter, where that is known."""
     known = [
         problem for problem in _problems(rows) if any("recall" in row for row in rows if row["problem"] == problem)
     ]
+    if not known:
+        return ""
     lines = ["| features: precision / recall | " + " | ".join(known) + " |", "| --- |" + " ---: |" * len(known)]
     for method in METHODS:
         cells = []

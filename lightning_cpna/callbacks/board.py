@@ -11,7 +11,11 @@ from lightning_cpna.plots import connectivity, log_figure, plot_connectivity, th
 from lightning_cpna.sparsity import Sparsity
 
 HALF = 0.5  # chosen: a picture whenever half of a layer's connections in the last one have gone
-MAX_CONNECTIONS, MAX_LAYERS = 5_000_000, 12  # chosen: up to here a picture takes two or three seconds at most
+MAX_CONNECTIONS, MAX_UNITS, MAX_LAYERS = (
+    5_000_000,
+    200_000,
+    12,
+)  # chosen: up to here a picture takes three seconds at most
 
 
 @dataclass(frozen=True)
@@ -75,17 +79,21 @@ class ConnectivityPictures:
     def __init__(self, tag: str) -> None:
         self.tag = tag
         self._drawn: dict[str, int] | None = None
+        self._drawn_at = -1
 
     def draw(self, loggers: Iterable[Any], sparsity: Sparsity, step: int, *, last: bool = False) -> None:
         """Draw, if this is the first time, or the last, or half of a layer's connections in the last picture have gone.
 
-        A network of more than five million live connections, or of more than twelve layers, is not drawn.
+        A network of more than five million live connections, 200,000 units or twelve layers is not drawn.
         """
-        live, before = sparsity.live_counts(), self._drawn
-        if sum(live.values()) > MAX_CONNECTIONS or len(sparsity.graph or ()) > MAX_LAYERS:
+        live, layers = sparsity.live_counts(), list((sparsity.graph or {}).values())
+        n_units = sum(len(layer.units) for layer in layers)
+        if sum(live.values()) > MAX_CONNECTIONS or n_units > MAX_UNITS or len(layers) > MAX_LAYERS:
             return
-        if last or before is None or any(n < before[name] and n <= HALF * before[name] for name, n in live.items()):
-            self._drawn = live
+        before = live if self._drawn is None else live | self._drawn
+        has_halved = any(n < before[name] and n <= HALF * before[name] for name, n in live.items())
+        if (last or has_halved or self._drawn is None) and step != self._drawn_at:
+            self._drawn, self._drawn_at = live, step
             log_figure(loggers, self.tag, partial(_picture, sparsity), step)
 
 

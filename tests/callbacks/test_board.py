@@ -120,9 +120,44 @@ def test_pictures_are_drawn_first_at_every_half_and_last_by_hand() -> None:
     assert drawn_at([64, 33, 32, 17, 16, 9, 9]) == [0, 2, 4, 6]
 
 
-def test_a_network_that_is_too_large_is_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(board, "MAX_CONNECTIONS", 40)
-    assert drawn_at([64, 33, 32, 17, 16]) == [1, 4]
+@pytest.mark.parametrize(("limit", "expected"), [("MAX_CONNECTIONS", [1, 4]), ("MAX_UNITS", []), ("MAX_LAYERS", [])])
+def test_a_network_that_is_too_large_is_not_drawn(
+    monkeypatch: pytest.MonkeyPatch, limit: str, expected: list[int]
+) -> None:
+    monkeypatch.setattr(board, limit, {"MAX_CONNECTIONS": 40, "MAX_UNITS": 7, "MAX_LAYERS": 0}[limit])
+    assert drawn_at([64, 33, 32, 17, 16]) == expected
+
+
+def test_the_half_of_a_small_layer_is_drawn_and_no_step_twice() -> None:
+    for step, expected in ((7, [1, 7, 20]), (20, [1, 20])):
+        net = nn.Sequential(nn.Linear(N_FEATURES, 40), nn.ReLU(), nn.Linear(40, 1))
+        pruning = CPNAPruning({"net.2.weight": 4}, schedule=OneShot(step))
+        assert [drawn for _, drawn in fitted(pruning, module=Classifier(net)).figures] == expected
+
+
+class InTurns(pl.LightningModule):
+    """Two networks, of which the second runs from the third batch of an epoch on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.a, self.b = Classifier().net, Classifier().net
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        place = int(batch_idx >= 2)
+        optimizer: Any = self.optimizers()[place]  # type: ignore[index]
+        optimizer.zero_grad()
+        self.manual_backward((self.a, self.b)[place](batch[0]).square().mean())
+        optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(net.parameters(), lr=1e-2) for net in (self.a, self.b)]
+
+
+def test_a_network_of_which_more_is_seen_later_is_drawn() -> None:
+    first = CPNAPruning({"a.0.weight": 10}, schedule=Geometric(2, 9), score="magnitude", normalize=False, name="first")
+    second = CPNAPruning({"b.2.weight": 3}, schedule=Geometric(2, 5), score="magnitude", normalize=False, name="second")
+    assert len(fitted(first, second, module=InTurns()).figures) > 2
 
 
 class Plain(Logger):

@@ -186,7 +186,7 @@ def test_resuming_with_another_schedule_warns(tmp_path: Path) -> None:
 
     files = checkpoint(tmp_path, every_n_train_steps=4)
     trainer(pruning(), files, enable_checkpointing=True).fit(Classifier(), data())
-    with pytest.warns(UserWarning, match=r"goes on by optimizer steps: Annealing\(start=4, end=32.*fit had .*start=2, end=16"):
+    with pytest.warns(UserWarning, match=r"goes on by .* Annealing\(start=4, end=32.*fit had .*start=2, end=16"):
         trainer(pruning(), epochs=10).fit(Classifier(), data(), ckpt_path=checkpoints(tmp_path)[0])
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*goes on by.*")

@@ -1,6 +1,6 @@
 """Where ``RECORD_MATRIX`` names a file, what became of every cell is written into it: the table of the site.
 
-A cell that cannot be tried on this machine, which has no GPU, say, stays what it was there.
+A cell that was not run, or cannot be tried on this machine, which has no GPU, say, stays what it was there.
 """
 
 from __future__ import annotations
@@ -30,5 +30,6 @@ def pytest_sessionfinish() -> None:
     if "RECORD_MATRIX" in os.environ:
         path = Path(os.environ["RECORD_MATRIX"])
         before = {tuple(row[:3]): row for row in json.loads(path.read_text())} if path.exists() else {}
-        cells = [before.get(tuple(row[:3]), row) if row[3] == "skipped" else row for row in CELLS]
-        path.write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in cells) + "\n]\n")
+        tried = {tuple(row[:3]): row for row in CELLS if row[3] != "skipped" or tuple(row[:3]) not in before}
+        rows = (before | tried).values()
+        path.write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
