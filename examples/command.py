@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from examples.arguments import add_sizes, add_sweep_arguments, at_least
-from examples.readme import fill
+from examples.page import fill
 from examples.results import Row
 from lightning_cpna.sweeps import save_rows
 
@@ -46,7 +46,7 @@ def parse(
         parser.add_argument(
             "--problems", nargs="+", metavar="NAME", help="the data sets (default: all that can be had)"
         )
-    parser.add_argument("--readme", type=Path, help="a file with the marks of the table")
+    parser.add_argument("--page", type=Path, help="a file with the marks of the table")
     args = parser.parse_args(arguments)
     if problems is not None:
         known = problems(args.data)
@@ -54,18 +54,18 @@ def parse(
         if unknown := [name for name in args.problems if name not in known]:
             parser.error(f"argument --problems: {unknown[0]!r} is not among {', '.join(known)}")
     args.is_quick = sizes is not None and args.size == "quick"
-    if args.readme:
+    if args.page:
         if args.is_quick:
-            parser.error("argument --readme: not allowed with --quick, whose numbers are no results")
+            parser.error("argument --page: not allowed with --quick, whose numbers are no results")
         try:
-            fill(args.readme.read_text(), module, "")
+            fill(args.page.read_text(), module, "")
         except (OSError, ValueError) as error:
-            parser.error(f"argument --readme: {args.readme}: {error}")
+            parser.error(f"argument --page: {args.page}: {error}")
     return args
 
 
 def finish(args: argparse.Namespace, module: str, rows: list[Row], figure: Figure, table: str) -> None:
-    """Write ``NAME.csv`` and ``NAME.png``, and print the table; with ``--readme`` put it into that file.
+    """Write ``NAME.csv`` and ``NAME.png``, and print the table; with ``--page`` put it into that file.
 
     Args:
         args: What `parse` returned.
@@ -83,5 +83,5 @@ def finish(args: argparse.Namespace, module: str, rows: list[Row], figure: Figur
         console.print(
             "This was a quick look, of shortened training: what it shows need not be what the full size shows."
         )
-    if args.readme:
-        args.readme.write_text(fill(args.readme.read_text(), module, table))
+    if args.page:
+        args.page.write_text(fill(args.page.read_text(), module, table))

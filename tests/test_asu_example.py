@@ -21,7 +21,7 @@ from examples.asu.problem import METHODS, PROBLEMS, pruned_widths
 from examples.asu.tables import TABLES, pruned, sizes, table2
 from examples.asu.training import MADELON, MLP, RECIPES, build, data, run
 from examples.data import DATA_VARIABLE, is_here
-from examples.readme import fill
+from examples.page import fill
 from examples.results import load
 from lightning_cpna import SparseLinear
 from tests.helpers import tensorboard
@@ -62,9 +62,9 @@ def test_a_topology_that_is_drawn_again_differs() -> None:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_the_readmes_tables_are_made_from_the_committed_results(name: str) -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert fill(readme, f"examples.asu {name}", TABLES[name](load(RESULTS, name))) == readme
+def test_the_tables_of_the_page_are_made_from_the_committed_results(name: str) -> None:
+    page = (ROOT / "RESULTS.md").read_text()
+    assert fill(page, f"examples.asu {name}", TABLES[name](load(RESULTS, name))) == page
 
 
 @pytest.mark.parametrize("method", METHODS)

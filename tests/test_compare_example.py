@@ -20,7 +20,7 @@ from examples.compare import networks
 from examples.compare.methods import Fitted
 from examples.compare.problems import held_out, load
 from examples.data import Split
-from examples.readme import fill
+from examples.page import fill
 from lightning_cpna.sweeps import load_rows
 
 SMALL = {
@@ -108,13 +108,13 @@ def test_the_tables_from_rows_made_by_hand(monkeypatch: pytest.MonkeyPatch) -> N
     assert "| SET | 2.0 | 0 | 4 | 1,000 | 3.0 (6) | 1.5 |" in lines
 
 
-def test_the_readme_shows_the_committed_results_of_settings_that_were_best_in_the_search() -> None:
+def test_the_page_shows_the_committed_results_of_settings_that_were_best_in_the_search() -> None:
     root = Path(__file__).parents[1]
     rows, searched = (
         load_rows(root / "examples" / "compare" / "results" / f"{name}.csv") for name in ("compare", "search")
     )
-    readme = (root / "README.md").read_text()
-    assert fill(readme, "examples.compare", compare.table(rows)) == readme
+    page = (root / "RESULTS.md").read_text()
+    assert fill(page, "examples.compare", compare.table(rows)) == page
     chosen = compare.best(searched)
     assert {(row["problem"], row["method"]): row["settings"] for row in rows} == chosen
     tried = Counter((row["problem"], row["method"]) for row in searched)

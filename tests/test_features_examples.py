@@ -14,7 +14,7 @@ pytest.importorskip("pandas", reason="the extra 'sweeps' is not installed")
 
 from examples.data import DATA_VARIABLE, is_here
 from examples.features import asu, noise
-from examples.readme import fill
+from examples.page import fill
 from examples.results import Row
 from examples.xor import frontier
 from examples.xor.recipes import callbacks
@@ -95,9 +95,9 @@ def test_a_search_among_shuffled_labels_is_not_certified(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_readme_has_the_table_of_the_committed_results(name: str) -> None:
+def test_the_page_has_the_table_of_the_committed_results(name: str) -> None:
     module, folder = MODULES[name]
     rows = load_rows(ROOT / "examples" / folder / "results" / f"{name.split('.')[-1]}.csv")
-    readme = (ROOT / "README.md").read_text()
-    assert fill(readme, name, module.table(rows)) == readme
+    page = (ROOT / "RESULTS.md").read_text()
+    assert fill(page, name, module.table(rows)) == page
     assert module.draw(rows).axes

@@ -16,7 +16,7 @@ pytest.importorskip("pandas", reason="the extra 'sweeps' is not installed")
 
 from examples.data import DATA_VARIABLE
 from examples.landscape import cpna, evci, filters, level_sets, networks, sagun, xord
-from examples.readme import fill
+from examples.page import fill
 from lightning_cpna import sparsity_of
 from lightning_cpna.landscape import LossSurface, hessian, n_outliers
 from lightning_cpna.sweeps import load_rows
@@ -149,21 +149,21 @@ def test_a_command_writes_its_rows_its_figure_and_its_table(
 ) -> None:
     module = MODULES[name]
     make_small(monkeypatch, module)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n<!-- results of examples.landscape.{name} -->\n<!-- end of results -->\nafter\n")
-    module.main(["--seeds", "1", "--jobs", "1", "--out", str(tmp_path), "--readme", str(readme)])
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n<!-- results of examples.landscape.{name} -->\n<!-- end of results -->\nafter\n")
+    module.main(["--seeds", "1", "--jobs", "1", "--out", str(tmp_path), "--page", str(page)])
     rows = load_rows(tmp_path / f"{name}.csv")
     assert rows
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert module.table(rows) in capsys.readouterr().out
-    assert f"{module.table(rows)}\n" in readme.read_text()
+    assert f"{module.table(rows)}\n" in page.read_text()
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_tables_in_the_readme_are_made_from_the_committed_results(name: str) -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_tables_of_the_page_are_made_from_the_committed_results(name: str) -> None:
+    page = (ROOT / "RESULTS.md").read_text()
     rows = load_rows(ROOT / "examples" / "landscape" / "results" / f"{name}.csv")
-    assert fill(readme, f"examples.landscape.{name}", MODULES[name].table(rows)) == readme
+    assert fill(page, f"examples.landscape.{name}", MODULES[name].table(rows)) == page
 
 
 def committed(name: str) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("sklearn", reason="the extra 'examples' is not installed")
 
 from examples.data import DATA_VARIABLE, Split, Splits
-from examples.readme import fill
+from examples.page import fill
 from examples.results import load
 from examples.tickets import experiments
 from examples.tickets.__main__ import main, parse
@@ -112,9 +112,9 @@ def test_real_digits_are_learned_and_pruned(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_table_is_made_from_the_committed_results() -> None:
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "RESULTS.md").read_text()
     results = {path.stem: load(RESULTS, path.stem) for path in sorted(RESULTS.glob("*.json"))}
-    assert fill(readme, "examples.tickets", table(results)) == readme
+    assert fill(page, "examples.tickets", table(results)) == page
     assert all(len({row["seed"] for row in rows}) >= 3 for rows in results.values())
     assert set(results) == set(EXPERIMENTS)
 
@@ -132,9 +132,9 @@ def test_what_cpna_left_is_retrained_under_its_mask(tmp_path: Path, monkeypatch:
 
 
 def test_the_table_of_retraining_is_made_from_the_committed_results() -> None:
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "RESULTS.md").read_text()
     rows = load(ROOT / "examples" / "xor" / "results" / "retrain", "retrain")
-    assert fill(readme, "examples.xor.retrain", retrain.table(rows)) == readme
+    assert fill(page, "examples.xor.retrain", retrain.table(rows)) == page
 
 
 def test_the_figure_of_retraining_sorts_the_trials(tmp_path: Path) -> None:

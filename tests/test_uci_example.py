@@ -16,7 +16,7 @@ pytest.importorskip("sklearn", reason="the extra 'examples' is not installed")
 pytest.importorskip("pandas", reason="the extra 'sweeps' is not installed")
 
 from examples.data import DATA_VARIABLE, Split, Splits
-from examples.readme import fill
+from examples.page import fill
 from examples.side_by_side import Member, Networks, fit, seeded
 from examples.uci import __main__ as command
 from examples.uci import runs, search
@@ -294,10 +294,10 @@ def test_tables_are_of_hand_made_rows() -> None:
     assert f"| Car Evaluation | NN (equivalent) | 2 | +0.00 ± 0.00 | +3.00 ± {spread:.2f} |  |" in differences(rows)
 
 
-def test_the_tables_in_the_readme_are_made_from_the_committed_results() -> None:
-    readme = (RESULTS.parents[2] / "README.md").read_text()
+def test_the_tables_of_the_page_are_made_from_the_committed_results() -> None:
+    page = (RESULTS.parents[2] / "RESULTS.md").read_text()
     rows = load_rows(RESULTS / "table3.csv")
-    assert fill(readme, "examples.uci", f"{table3(rows)}\n\n{differences(rows)}") == readme
+    assert fill(page, "examples.uci", f"{table3(rows)}\n\n{differences(rows)}") == page
 
 
 def test_what_is_chosen_is_what_the_committed_search_found() -> None:

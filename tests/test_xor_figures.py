@@ -15,7 +15,7 @@ pytest.importorskip("pandas", reason="the extra 'sweeps' is not installed")
 
 from torchmetrics.functional.classification import binary_auroc
 
-from examples.readme import fill
+from examples.page import fill
 from examples.results import Row
 from examples.xor import deep, minima, threshold, width
 from examples.xor.dense import BATCH_SIZE, LR, dense
@@ -155,35 +155,35 @@ def test_a_command_writes_its_rows_its_figure_and_its_table(
     for attribute, value in small[name].items():
         full = value | {"reduced": value["quick"], "full": value["quick"]} if attribute == "SIZES" else value
         monkeypatch.setattr(module, attribute, full)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n<!-- results of examples.xor.{name} -->\n<!-- end of results -->\nafter\n")
-    module.main(["--jobs", "1", "--out", str(tmp_path), "--readme", str(readme)])
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n<!-- results of examples.xor.{name} -->\n<!-- end of results -->\nafter\n")
+    module.main(["--jobs", "1", "--out", str(tmp_path), "--page", str(page)])
     rows = load_rows(tmp_path / f"{name}.csv")
     assert len(rows) == n_rows[name]
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert module.table(rows) in capsys.readouterr().out
-    assert f"{module.table(rows)}\n" in readme.read_text()
+    assert f"{module.table(rows)}\n" in page.read_text()
 
 
-def test_a_readme_without_marks_is_refused_before_the_work_and_a_quick_look_does_not_fill_it(
+def test_a_page_without_marks_is_refused_before_the_work_and_a_quick_look_does_not_fill_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme = tmp_path / "README.md"
+    page = tmp_path / "page.md"
     for arguments, message in (
-        (["--readme", str(readme)], "No such file"),
-        (["--quick", "--readme", str(readme)], "not allowed with --quick"),
+        (["--page", str(page)], "No such file"),
+        (["--quick", "--page", str(page)], "not allowed with --quick"),
     ):
         with pytest.raises(SystemExit):
             minima.main(arguments)
         assert message in capsys.readouterr().err
-    readme.write_text("nothing")
+    page.write_text("nothing")
     with pytest.raises(SystemExit):
-        minima.main(["--readme", str(readme)])
+        minima.main(["--page", str(page)])
     assert "'<!-- results of examples.xor.minima -->' 0 times" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_tables_in_the_readme_are_made_from_the_committed_results(name: str) -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_tables_of_the_page_are_made_from_the_committed_results(name: str) -> None:
+    page = (ROOT / "RESULTS.md").read_text()
     rows = load_rows(ROOT / "examples" / "xor" / "results" / f"{name}.csv")
-    assert fill(readme, f"examples.xor.{name}", MODULES[name].table(rows)) == readme
+    assert fill(page, f"examples.xor.{name}", MODULES[name].table(rows)) == page

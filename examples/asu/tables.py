@@ -1,4 +1,4 @@
-"""Tables 2 and 3 in Markdown; `python -m examples.asu.tables FOLDER --readme README.md` puts them into the README."""
+"""Tables 2 and 3 in Markdown; `python -m examples.asu.tables FOLDER --page RESULTS.md` puts them there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from examples.asu.problem import EPSILON, METHODS, NEURONS, PROBLEMS, Problem
-from examples.readme import fill
+from examples.page import fill
 from examples.results import Row, load
 from lightning_cpna import SparseLinear, Sparsity, UnitInputs, UnitScore, rewire_, trace
 
@@ -194,17 +194,17 @@ TABLES = {"table2": table2, "table3": table3, "million": table_million}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the tables of committed results, and put them into the README."""
+    """Print the tables of committed results, and put them into a page."""
     parser = argparse.ArgumentParser(prog="python -m examples.asu.tables", description=__doc__)
     parser.add_argument("results", type=Path, help="the folder with table2.json, table3.json and million.json")
-    parser.add_argument("--readme", type=Path, help="the README whose tables are replaced")
+    parser.add_argument("--page", type=Path, help="the page whose tables are replaced")
     args = parser.parse_args(arguments)
-    text = None if args.readme is None else args.readme.read_text()
+    text = None if args.page is None else args.page.read_text()
     for name, table in TABLES.items():
         print(f"{name}\n\n{table(load(args.results, name))}\n")
         text = None if text is None else fill(text, f"examples.asu {name}", table(load(args.results, name)))
     if text is not None:
-        args.readme.write_text(text)
+        args.page.write_text(text)
 
 
 if __name__ == "__main__":

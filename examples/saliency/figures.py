@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from examples.readme import fill
+from examples.page import fill
 from examples.results import Row, load, mean_and_spread
 
 COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")
@@ -177,17 +177,17 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {"removable": removable_table, "
 
 
 def main() -> None:
-    """Draw the figures of results; with ``--readme`` put the tables into that file."""
+    """Draw the figures of results; with ``--page`` put the tables into that file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where examples.saliency wrote its results")
-    parser.add_argument("--readme", type=Path, help="a file with the marks of the tables")
+    parser.add_argument("--page", type=Path, help="a file with the marks of the tables")
     args = parser.parse_args()
     for name, draw in FIGURES.items():
         if (args.folder / f"{name}.json").is_file():
             draw(load(args.folder, name), args.folder)
-            if args.readme and name in TABLES:
+            if args.page and name in TABLES:
                 table = TABLES[name](load(args.folder, name))
-                args.readme.write_text(fill(args.readme.read_text(), f"examples.saliency {name}", table))
+                args.page.write_text(fill(args.page.read_text(), f"examples.saliency {name}", table))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from examples.readme import fill
+from examples.page import fill
 from examples.results import Row, load, mean_and_spread
 from lightning_cpna.plots import readable_log_axis
 
@@ -142,14 +142,14 @@ def draw(folder: Path) -> list[Path]:
 
 
 def main() -> None:
-    """Draw the figures of results; with ``--readme`` put the table into that file."""
+    """Draw the figures of results; with ``--page`` put the table into that file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where examples.tickets wrote its results")
-    parser.add_argument("--readme", type=Path, help="a file with the marks of the table")
+    parser.add_argument("--page", type=Path, help="a file with the marks of the table")
     args = parser.parse_args()
     draw(args.folder)
-    if args.readme:
-        args.readme.write_text(fill(args.readme.read_text(), "examples.tickets", table(gather(args.folder))))
+    if args.page:
+        args.page.write_text(fill(args.page.read_text(), "examples.tickets", table(gather(args.folder))))
 
 
 if __name__ == "__main__":

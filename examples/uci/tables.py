@@ -1,4 +1,4 @@
-"""Table 3 beside the paper's, and the paired differences: `python -m examples.uci.tables table3.csv --readme README.md`."""
+"""Table 3 beside the paper's, and the paired differences: `python -m examples.uci.tables table3.csv --page RESULTS.md`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from examples.readme import fill
+from examples.page import fill
 from examples.results import Row
 from examples.uci.recipes import METHODS, PROBLEMS
 from lightning_cpna.sweeps import load_rows
@@ -86,16 +86,16 @@ def _markdown(lines: list[list[str]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the tables; with ``--readme`` put them into that file."""
+    """Print the tables; with ``--page`` put them into that file."""
     parser = argparse.ArgumentParser(prog="python -m examples.uci.tables", description=__doc__)
     parser.add_argument("results", type=Path, help="table3.csv")
-    parser.add_argument("--readme", type=Path, help="a file with the marks of the tables")
+    parser.add_argument("--page", type=Path, help="a file with the marks of the tables")
     args = parser.parse_args(arguments)
     rows = load_rows(args.results)
     text = f"{table3(rows)}\n\n{differences(rows)}"
     print(text)
-    if args.readme:
-        args.readme.write_text(fill(args.readme.read_text(), "examples.uci", text))
+    if args.page:
+        args.page.write_text(fill(args.page.read_text(), "examples.uci", text))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from rich.console import Console
 
 from examples.arguments import add_sweep_arguments, at_least, run_sweep
+from examples.page import fill
 from examples.quiet import quiet_trainer
-from examples.readme import fill
 from examples.results import Row, load, mean_and_spread, save
 from examples.xor.problem import Phases, XORDataModule, XORNet
 from examples.xor.recipes import PROBLEMS, callbacks, recipe
@@ -115,7 +115,7 @@ def draw(rows: list[Row], file: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Retrain over seeds; write results, figure and TensorBoard runs; with ``--readme`` fill in that file's table."""
+    """Retrain over seeds; write results, figure and TensorBoard runs; with ``--page`` fill in that file's table."""
     parser = argparse.ArgumentParser(prog="python -m examples.xor.retrain", description=__doc__)
     parser.add_argument("--k", nargs="+", type=int, choices=PROBLEMS, default=[3], help="dimensions (default: 3)")
     parser.add_argument(
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--from-results", nargs="+", type=Path, help="train nothing: gather the results of these folders"
     )
-    parser.add_argument("--readme", type=Path, help="a file with the marks of the table")
+    parser.add_argument("--page", type=Path, help="a file with the marks of the table")
     args = parser.parse_args(arguments)
     console = Console()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -144,8 +144,8 @@ def main(arguments: list[str] | None = None) -> None:
     draw(rows, args.out / "retrain.png")
     print(table(rows))
     console.print(f"figure:       {args.out / 'retrain.png'}")
-    if args.readme:
-        args.readme.write_text(fill(args.readme.read_text(), "examples.xor.retrain", table(rows)))
+    if args.page:
+        args.page.write_text(fill(args.page.read_text(), "examples.xor.retrain", table(rows)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from examples.readme import fill
+from examples.page import fill
 from examples.xor.figures import TITLES
 from examples.xor.recipes import METHODS
 
@@ -73,7 +73,7 @@ def rich_tables(results: list[dict[str, Any]]) -> list[Table]:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """Return the table for a README."""
+    """Return the table in Markdown."""
     found = rows(results)
     lines = [HEADER, ["---", "---", *["---:"] * (len(HEADER) - 2)], *found]
     return "\n".join("| " + " | ".join(line[column] for column in _used(found)) + " |" for line in lines)
@@ -90,15 +90,15 @@ def load(files: list[Path]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Print the table; with ``--readme`` put it into that file."""
+    """Print the table; with ``--page`` put it into that file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", type=Path, nargs="+", help="results.json of examples.xor")
-    parser.add_argument("--readme", type=Path, help="a file with the marks of the table")
+    parser.add_argument("--page", type=Path, help="a file with the marks of the table")
     args = parser.parse_args()
     results = load(args.files)
     Console().print(*rich_tables(results))
-    if args.readme:
-        args.readme.write_text(fill(args.readme.read_text(), "examples.xor", markdown(results)))
+    if args.page:
+        args.page.write_text(fill(args.page.read_text(), "examples.xor", markdown(results)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables of results in the README, between two marks."""
+"""Tables of results in a page (README.md, RESULTS.md), between two marks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def fill(text: str, name: str, table: str) -> str:
     """Put a table between the marks that have a name.
 
     Args:
-        text: The README.
+        text: The page.
         name: Whose results they are: the first mark is ``<!-- results of NAME -->``.
         table: The table, in Markdown.
 

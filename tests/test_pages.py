@@ -1,4 +1,4 @@
-"""The code of the README and the site runs, and the README's table is the one that the committed results give."""
+"""The code of the README and the site runs, links and pictures are there, tables are those of the committed results."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from examples.readme import fill
+from examples.page import fill
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "RESULTS.md"))
 PAGES = ["README.md", *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md")))]
 
 
@@ -43,9 +43,22 @@ def test_the_table_is_made_from_the_committed_results() -> None:
 def test_the_tables_of_saliencies_are_made_from_the_committed_results(name: str) -> None:
     figures = pytest.importorskip("examples.saliency.figures", reason="the extra 'examples' is not installed")
     rows = figures.load(ROOT / "examples" / "saliency" / "results", name)
-    assert fill(README, f"examples.saliency {name}", figures.TABLES[name](rows)) == README
+    assert fill(RESULTS, f"examples.saliency {name}", figures.TABLES[name](rows)) == RESULTS
 
 
-def test_the_pictures_are_there() -> None:
-    for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
-        assert (ROOT / picture).is_file()
+def anchors(text: str) -> set[str]:
+    return {
+        re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize("text", [README, RESULTS], ids=["README", "RESULTS"])
+def test_pictures_files_and_sections_that_are_linked_are_there(text: str) -> None:
+    for link in re.findall(r"\[.*?\]\(([^)#]*#?[^)]*)\)", text):
+        file, _, section = link.partition("#")
+        if file.startswith("http"):
+            continue
+        path = ROOT / file if file else None
+        assert path is None or path.exists(), link
+        if section:
+            assert section in anchors(text if path is None else path.read_text()), link
