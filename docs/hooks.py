@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pictures of the examples' results."""
-    for picture in sorted(ROOT.glob("examples/*/results/*.png")):
+    for picture in sorted(ROOT.glob("examples/*/results/**/*.png")):
         files.append(File.generated(config, picture.relative_to(ROOT).as_posix(), abs_src_path=str(picture)))
     return files
 

@@ -15,7 +15,7 @@ from lightning_cpna.sweeps import RunFunction, Setting, sweep
 def at_least(least: int) -> Callable[[str], int]:
     """Return the type of an argument that is a whole number, ``least`` or more.
 
-    Example:
+    Examples:
         >>> at_least(1)("3")
         3
     """

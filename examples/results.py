@@ -22,7 +22,7 @@ def save(rows: Iterable[Row], folder: Path, name: str) -> Path:
 def counted(n: int, noun: str) -> str:
     """Return how many there are of something, in words.
 
-    Example:
+    Examples:
         >>> counted(1, "data set"), counted(3, "data set")
         ('1 data set', '3 data sets')
     """

@@ -72,7 +72,7 @@ class Watch:
     Raises:
         ValueError: If one of them is no Linear or Conv module.
 
-    Example:
+    Examples:
         >>> from lightning_cpna import trace
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
         >>> watch, graph = Watch(net), trace(net, torch.zeros(2, 3))

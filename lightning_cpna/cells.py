@@ -16,7 +16,7 @@ from torch import Tensor
 def count_true(where: Tensor) -> int:
     """Count where a bool tensor is True.
 
-    Example:
+    Examples:
         >>> count_true(torch.tensor([True, False, True]))
         2
     """
@@ -26,7 +26,7 @@ def count_true(where: Tensor) -> int:
 def cells_of(where: Tensor) -> Tensor:
     """Return where a bool tensor is True, as cells of the flattened tensor, int64 ``(n,)``.
 
-    Example:
+    Examples:
         >>> cells_of(torch.tensor([[False, True], [True, False]]))
         tensor([1, 2])
     """
@@ -37,7 +37,7 @@ def cells_of(where: Tensor) -> Tensor:
 def pick(values: Tensor, where: Tensor) -> Tensor:
     """Return the values ``(n,)`` where a bool tensor ``(n,)`` is True, as ``values[where]``.
 
-    Example:
+    Examples:
         >>> pick(torch.tensor([5, 6, 7]), torch.tensor([True, False, True]))
         tensor([5, 7])
     """
@@ -49,7 +49,7 @@ def pick(values: Tensor, where: Tensor) -> Tensor:
 def put_cells_(tensor: Tensor, cells: Tensor, values: Tensor) -> None:
     """Put values ``(n,)`` into some cells of a tensor of any layout, in place; cells are counted as in ``fill_cells_``.
 
-    Example:
+    Examples:
         >>> tensor = torch.zeros(2, 2)
         >>> put_cells_(tensor, torch.tensor([1, 2]), torch.tensor([5.0, 6.0]))
         >>> tensor
@@ -62,7 +62,7 @@ def put_cells_(tensor: Tensor, cells: Tensor, values: Tensor) -> None:
 def fill_cells_(tensor: Tensor, cells: Tensor, value: float) -> None:
     """Fill some cells of a tensor of any layout, in place; cells are counted as in ``tensor.flatten()``.
 
-    Example:
+    Examples:
         >>> tensor = torch.ones(2, 3)
         >>> fill_cells_(tensor, torch.tensor([1, 5]), 0)
         >>> tensor
@@ -83,7 +83,7 @@ def renumbered(n: int, kept: Tensor | None, device: torch.device | None = None) 
         kept: Which stay, int64 ascending; None: all.
         device: Where the answer is.
 
-    Example:
+    Examples:
         >>> renumbered(4, torch.tensor([1, 3]))
         tensor([-1,  0, -1,  1])
     """
@@ -97,7 +97,7 @@ def renumbered(n: int, kept: Tensor | None, device: torch.device | None = None) 
 def pack(mask: Tensor) -> Tensor:
     """Pack a bool tensor into bytes, eight cells each, on the CPU.
 
-    Example:
+    Examples:
         >>> pack(torch.tensor([True, False, True]))
         tensor([5], dtype=torch.uint8)
     """

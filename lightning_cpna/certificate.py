@@ -60,7 +60,7 @@ def certify(losses: Tensor, labels: Tensor, level: float, generator: torch.Gener
     Raises:
         ValueError: If no try has a finite mean loss, or the level is out of range.
 
-    Example:
+    Examples:
         >>> labels = torch.tensor([0, 1] * 20)
         >>> learned = torch.eye(2).logical_not().double()[labels]  # the loss is 0 with the right label and 1 with the other
         >>> certify(learned[None], labels, 0.001, torch.Generator().manual_seed(0)).holds

@@ -110,7 +110,7 @@ def compact(
     Raises:
         ValueError: If the example is no tensor or tuple of tensors, or the module is being shrunk by a running fit.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> net[2].weight.data[:, 3:] = 0
         >>> net[0].weight.data[:, 2] = 0

@@ -44,7 +44,7 @@ def cost_of(module: nn.Module, example: Tensor | tuple[Tensor, ...], batch_sizes
         example: A batch of inputs, ``(batch, ...)``, or several, which are the arguments of its forward.
         batch_sizes: The batch sizes at which its forward pass is timed.
 
-    Example:
+    Examples:
         >>> cost_of(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.zeros(5, 3))
         Cost(parameters=26, macs=20, latency={})
     """

@@ -24,7 +24,7 @@ def draw_cells(occupied: Tensor, n_cells: int, n: int, generator: torch.Generato
     Raises:
         ValueError: If fewer than ``n`` are free.
 
-    Example:
+    Examples:
         >>> draw_cells(torch.tensor([0, 2, 3]), n_cells=5, n=2)
         tensor([1, 4])
     """
@@ -48,7 +48,7 @@ def free_cells(occupied: Tensor, ranks: Tensor) -> Tensor:
         occupied: Ascending cells, int64 ``(m,)``.
         ranks: From 0, ascending, int64 ``(n,)``.
 
-    Example:
+    Examples:
         >>> free_cells(torch.tensor([0, 2, 3]), torch.tensor([0, 1, 2]))
         tensor([1, 4, 5])
     """
@@ -60,7 +60,7 @@ def free_cells(occupied: Tensor, ranks: Tensor) -> Tensor:
 def merging_order(first: Tensor, second: Tensor) -> Tensor:
     """Return the order in which two ascending lists, one after the other, are one, int64.
 
-    Example:
+    Examples:
         >>> merging_order(torch.tensor([1, 5]), torch.tensor([2, 9]))
         tensor([0, 2, 1, 3])
     """

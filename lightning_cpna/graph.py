@@ -104,7 +104,7 @@ class Graph(Mapping[str, Layer]):
             state: What ``state_dict`` returned.
             axes: The axes of the weights, by name.
 
-        Example:
+        Examples:
             >>> layer = Layer("w", None, Axes(), range(2), torch.tensor([-1, -1, -1]), is_output=True)
             >>> Graph.from_state_dict(Graph([layer]).state_dict(), {"w": Axes()})["w"].units
             range(0, 2)

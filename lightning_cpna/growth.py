@@ -30,7 +30,7 @@ class Growth:
             training started.
         seed: The seed of what is drawn; None takes torch's own, which ``seed_everything`` sets.
 
-    Example:
+    Examples:
         >>> Growth("random", std=0.1)
         Growth(kind='random', std=0.1, seed=None)
     """
@@ -62,7 +62,7 @@ class Decay:
             ``zeta * (1 - t)^3``.
         end: Where it is zero, as a fraction of the run.
 
-    Example:
+    Examples:
         >>> [round(Decay(0.3, end=0.75)(step, 100), 3) for step in (0, 30, 75, 90)]
         [0.3, 0.196, 0.0, 0.0]
     """

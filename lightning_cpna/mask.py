@@ -47,7 +47,7 @@ class Kept:
     def expand(self, tensor: Tensor, fill: float = 0) -> Tensor:
         """Put what is left back into the full shape.
 
-        Example:
+        Examples:
             >>> Kept(torch.Size([2, 3]), torch.tensor([1]), torch.tensor([0, 2])).expand(torch.tensor([[5, 6]]))
             tensor([[0, 0, 0],
                     [5, 0, 6]])

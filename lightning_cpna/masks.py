@@ -19,7 +19,7 @@ class Masks(Mapping[str, Mask]):
 
     Zero is a legal live weight: what lives is what the mask says, never ``value != 0``.
 
-    Example:
+    Examples:
         >>> net = nn.Linear(3, 1, bias=False)
         >>> masks = Masks()
         >>> masks.add("weight", net.weight)
@@ -130,7 +130,7 @@ def infer_masks(module: nn.Module, patterns: list[str]) -> Masks:
         module: The module with zeros in its weights.
         patterns: Which parameters, as in ``targets.resolve``.
 
-    Example:
+    Examples:
         >>> net = nn.Linear(3, 1, bias=False)
         >>> _ = nn.init.constant_(net.weight, 1.0)
         >>> net.weight.data[0, 1] = 0

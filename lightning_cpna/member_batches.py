@@ -32,7 +32,7 @@ def member_loader(
     Raises:
         ValueError: If the tensors have not the same members and examples, or a number is out of range.
 
-    Example:
+    Examples:
         >>> x, y = torch.arange(6.0).expand(2, 6), torch.arange(6).expand(2, 6)
         >>> [batch.shape for batch, _ in member_loader([x, y], batch_size=4, seeds=[0, 1])]
         [torch.Size([2, 4]), torch.Size([2, 2])]

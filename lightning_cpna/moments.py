@@ -42,7 +42,7 @@ def is_elementwise(optimizer: Optimizer) -> bool:
     True for torch's own element-by-element optimizers. Muon and LBFGS mix the entries of a tensor, and of a foreign
     optimizer nothing is known: their weights are masked again after each step.
 
-    Example:
+    Examples:
         >>> is_elementwise(torch.optim.Adam([nn.Parameter(torch.zeros(1))]))
         True
     """
@@ -74,7 +74,7 @@ def replace_(parameter: nn.Parameter, change: Callable[[Tensor], Tensor], optimi
         change: From a tensor of the old shape to one of the new.
         optimizers: Where the moments are.
 
-    Example:
+    Examples:
         >>> w = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
         >>> replace_(w, lambda old: old[1:], [])
         >>> w
@@ -102,7 +102,7 @@ def set_tensor_(parameter: nn.Parameter, data: Tensor, gradient: Tensor | None) 
 def zero_moments_(optimizer: Optimizer, parameter: nn.Parameter, cells: Tensor) -> None:
     """Set the optimizer's state to zero for some weights (cells of the flattened parameter).
 
-    Example:
+    Examples:
         >>> w = nn.Parameter(torch.ones(2))
         >>> optimizer = torch.optim.SGD([w], lr=0.1, momentum=0.9)
         >>> w.sum().backward(); optimizer.step()
@@ -118,7 +118,7 @@ def zero_moments_(optimizer: Optimizer, parameter: nn.Parameter, cells: Tensor) 
 def zero_(parameter: nn.Parameter, cells: Tensor, optimizers: Iterable[Optimizer]) -> None:
     """Set some weights (cells of the flattened parameter), their gradients and their moments to zero.
 
-    Example:
+    Examples:
         >>> w = nn.Parameter(torch.ones(2))
         >>> zero_(w, torch.tensor([0]), [])
         >>> w.tolist()

@@ -40,7 +40,7 @@ def observe(
     Reference:
         Evci: Detecting dead weights and units in neural networks (2018), Section 3.
 
-    Example:
+    Examples:
         >>> from lightning_cpna import trace
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
         >>> x = torch.randn(16, 3)

@@ -144,7 +144,7 @@ def _parts(n: int, x: Tensor) -> tuple[Tensor, ...]:
 def rows_of(starts: Tensor, n: int) -> Tensor:
     """Return which row each of ``n`` connections is in, int32 ``(n,)``, given where each row's begin.
 
-    Example:
+    Examples:
         >>> rows_of(torch.tensor([0, 2, 2, 3]), 3)
         tensor([0, 0, 2], dtype=torch.int32)
     """

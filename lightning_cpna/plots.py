@@ -30,7 +30,7 @@ MAX_LINES = 2000  # chosen: more lines than that are a grey block
 def plot_schedule(schedule: Schedule, n_start: int, n_end: int, total_steps: int) -> Figure:
     """Draw how many remain at each optimizer step.
 
-    Example:
+    Examples:
         >>> from lightning_cpna.schedules import Annealing
         >>> plot_schedule(Annealing(0.2, 0.6), 1000, 10, total_steps=500).axes[0].get_ylabel()
         'remaining'

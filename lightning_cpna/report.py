@@ -78,7 +78,7 @@ class SparsityReport:
     def as_dict(self) -> dict[str, Any]:
         """Return the report as Python primitives.
 
-        Example:
+        Examples:
             >>> SparsityReport((LayerReport("w", 2, 8, 2, 1, 2, 2, 4),)).as_dict()["totals"]
             {'connections': 2, 'size': 8, 'density': 0.25}
         """
@@ -164,7 +164,7 @@ def effective_masks(masks: Masks, graph: Graph, targets: Mapping[str, Target]) -
     Returns:
         By weight, bool of the weight's shape.
 
-    Example:
+    Examples:
         >>> from lightning_cpna import Sparsity, trace
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
         >>> sparsity = Sparsity(net)
@@ -212,7 +212,7 @@ def sparsity_report(
         graph: Its traced layers; without them units count as live by their incoming connections alone.
         wanted: How many should remain, by parameter name.
 
-    Example:
+    Examples:
         >>> from lightning_cpna.targets import all_targets
         >>> net = torch.nn.Linear(4, 2, bias=False)
         >>> masks = Masks()

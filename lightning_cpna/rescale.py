@@ -77,7 +77,7 @@ def rescale_(
             (4-D XOR: AUC 92.8 after pruning the hidden layer, 62.9 for "transform" and 50.4 for "reset"); "transform"
             scales it as the gradients scale; "reset" sets it to zero.
 
-    Example:
+    Examples:
         >>> from lightning_cpna import trace
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
         >>> x = torch.randn(8, 3)

@@ -53,7 +53,7 @@ def weakest(weights: Tensor, zeta: float, generator: torch.Generator | None = No
     Raises:
         ValueError: If a weight is not finite.
 
-    Example:
+    Examples:
         >>> weakest(torch.tensor([0.1, 0.5, -0.2, -0.9, 0.3, -0.4]), zeta=0.34)
         tensor([ True, False,  True, False, False, False])
     """
@@ -131,7 +131,7 @@ def rewire_(
         ValueError: If zeta is no fraction, the parameter is no weight, a weight is not finite, or the gradient is
             of the other storage's kind.
 
-    Example:
+    Examples:
         >>> from lightning_cpna import SparseLinear, Sparsity
         >>> layer = SparseLinear(100, 50, epsilon=2)
         >>> rewire_(Sparsity(layer), "weight", zeta=0.3) in range(88, 91), len(layer.weight)
@@ -201,7 +201,7 @@ def plant_(
         generator: A CPU generator; None is torch's global one.
         agree: Given the cells that live, answers those that every process takes.
 
-    Example:
+    Examples:
         >>> from lightning_cpna import Sparsity
         >>> net = torch.nn.Linear(10, 4)
         >>> plant_(Sparsity(net), "weight", 8)

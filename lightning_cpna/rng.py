@@ -13,7 +13,7 @@ import torch
 def rng_state(device: torch.device) -> dict[str, Any]:
     """Return the states of the generators of torch, Python and NumPy, and of a CUDA device.
 
-    Example:
+    Examples:
         >>> state = rng_state(torch.device("cpu"))
         >>> first = torch.rand(3)
         >>> set_rng_state(state, torch.device("cpu"))

@@ -111,7 +111,7 @@ class Annealing(Schedule):
         mu: How fast the number falls at first; 0 is linear. 10 ends as deep as 0, 1 and 50 and trains faster than 0 and
             1 (chosen on the 4-D XOR problem, where all four end within 0.1 AUC points).
 
-    Example:
+    Examples:
         >>> Annealing(start=100, end=300, mu=10).n_remaining(200, n_start=1000, n_end=10)
         92
     """
@@ -136,7 +136,7 @@ class Annealing(Schedule):
 class Cubic(Schedule):
     """Automated gradual pruning: ``(1 - t)^3`` (Zhu and Gupta 2017, Eq. 1).
 
-    Example:
+    Examples:
         >>> Cubic(start=0, end=100).n_remaining(50, n_start=1000, n_end=200)
         300
     """
@@ -150,7 +150,7 @@ class Cubic(Schedule):
 class Linear(Schedule):
     """The same number removed at every step.
 
-    Example:
+    Examples:
         >>> Linear(start=0, end=100).n_remaining(50, n_start=1000, n_end=200)
         600
     """
@@ -164,7 +164,7 @@ class Linear(Schedule):
 class Geometric(Schedule):
     """The same fraction removed at every step: ``n_start * (n_end / n_start)^t``.
 
-    Example:
+    Examples:
         >>> Geometric(start=0, end=100).n_remaining(50, n_start=1000, n_end=10)
         100
     """
@@ -177,7 +177,7 @@ class Geometric(Schedule):
 class OneShot(Schedule):
     """Everything at one step: after step ``start`` only ``n_end`` remain (``end`` is not used).
 
-    Example:
+    Examples:
         >>> [OneShot(start=100).n_remaining(step, n_start=1000, n_end=10) for step in (99, 100)]
         [1000, 10]
     """
@@ -200,7 +200,7 @@ class EpochFraction:
         first: The first epoch (from 0) after which some are removed.
         last: The last one.
 
-    Example:
+    Examples:
         >>> npset = EpochFraction(alpha=0.04, first=10, last=50)
         >>> [npset.n_remaining(epoch, n_start=1000) for epoch in (9, 10, 11, 50)]
         [1000, 960, 922, 198]

@@ -34,7 +34,7 @@ class Score:
             path scores, so that connections of inputs that matter as a group stay. 0 switches it off.
         seed: For ``"random"``: the seed of its generator.
 
-    Example:
+    Examples:
         >>> Score("path", exponent=12)
         Score(kind='path', exponent=12, seed=0)
     """

@@ -23,7 +23,7 @@ def keep_top(scores: Tensor, n: int, member_axis: int | None = None) -> Tensor:
     Raises:
         ValueError: If a score is NaN, or fewer than ``n`` scores are above ``-inf``.
 
-    Example:
+    Examples:
         >>> keep_top(torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0]), 3)
         tensor([False,  True,  True,  True, False])
     """

@@ -41,7 +41,7 @@ class Shrinking:
     Raises:
         ValueError: If parameters are shared, or an optimizer is not known to work element by element.
 
-    Example:
+    Examples:
         >>> from lightning_cpna import Score, trace
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
         >>> sparsity, optimizer = Sparsity(net), torch.optim.Adam(net.parameters())

@@ -35,7 +35,7 @@ class Rewind:
         schedule: Whether learning rates and their schedulers do.
         sampler: Whether the random number generators do, so that batches come in the order of the first round.
 
-    Example:
+    Examples:
         >>> Rewind(500, optimizer=False).label
         'step 500'
     """
@@ -91,7 +91,7 @@ def take_snapshot(sparsity: Sparsity, optimizers: Iterable[Optimizer] = (), sche
         optimizers: Its optimizers.
         schedulers: Their learning rate schedulers.
 
-    Example:
+    Examples:
         >>> net = nn.Linear(3, 1)
         >>> sparsity = Sparsity(net)
         >>> snapshot = take_snapshot(sparsity)

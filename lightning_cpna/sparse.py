@@ -54,7 +54,7 @@ class SparseLinear(nn.Module):
     Raises:
         ValueError: If an argument is out of range.
 
-    Example:
+    Examples:
         >>> layer = SparseLinear(1000, 500, epsilon=2)
         >>> layer.weight.shape, layer(torch.randn(8, 1000)).shape
         (torch.Size([3000]), torch.Size([8, 500]))
@@ -158,7 +158,7 @@ class SparseLinear(nn.Module):
             linear: The layer.
             live: Which live, bool ``(out_features, in_features)``, as ``masks[name].live``; None: those that are not zero.
 
-        Example:
+        Examples:
             >>> linear = nn.Linear(3, 2)
             >>> layer = SparseLinear.from_dense(linear, torch.tensor([[True, False, True], [False, True, False]]))
             >>> layer.to_dense().weight.count_nonzero()
@@ -279,7 +279,7 @@ class SparseLinear(nn.Module):
     def drop_(self, dead: Tensor, optimizers: Iterable[Optimizer] = ()) -> None:
         """Take some connections, bool ``(connection,)``, out of the layer and out of the optimizer's state.
 
-        Example:
+        Examples:
             >>> layer = SparseLinear(100, 50, epsilon=2)
             >>> layer.drop_(layer.weight < 0)
             >>> bool((layer.weight >= 0).all())
@@ -296,7 +296,7 @@ class SparseLinear(nn.Module):
     ) -> None:
         """Keep some units and inputs only, int64 ascending (None: all), and number them anew; the bias is left to you.
 
-        Example:
+        Examples:
             >>> layer = SparseLinear(100, 50, epsilon=2, bias=False)
             >>> layer.select_(units=torch.arange(20))
             >>> layer.out_features
@@ -312,7 +312,7 @@ class SparseLinear(nn.Module):
     def spread_(self, units: Tensor, inputs: Tensor, out_features: int, in_features: int) -> None:
         """Undo ``select_``: put the units and inputs at their old places, int64 ascending; the bias is left to you.
 
-        Example:
+        Examples:
             >>> layer = SparseLinear(100, 50, epsilon=2, bias=False)
             >>> layer.select_(units=torch.arange(20))
             >>> layer.spread_(torch.arange(20), torch.arange(100), 50, 100)

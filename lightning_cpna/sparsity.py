@@ -62,7 +62,7 @@ class Sparsity:
         full_graph: The graph as it was before, while parameters are smaller.
         drops: Whether a ``SparseLinear`` drops dead connections at once; if not, it keeps them as zeros.
 
-    Example:
+    Examples:
         >>> from lightning_cpna import Score, trace
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
         >>> sparsity = Sparsity(net)

@@ -52,7 +52,7 @@ def stack(members: Sequence[M], seeds: Sequence[int] | None = None) -> M:
         ValueError: If there is no member, or one is not like the first.
         TypeError: If a member cannot be stacked.
 
-    Example:
+    Examples:
         >>> nets = [nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1)) for _ in range(5)]
         >>> stacked, x = stack(nets), torch.randn(5, 8, 3)
         >>> stacked.get_parameter("0.weight").shape, stacked(x).shape
@@ -90,7 +90,7 @@ def member(stacked: M, place: int) -> M:
         IndexError: If there is no such member.
         TypeError: If the module is no stack.
 
-    Example:
+    Examples:
         >>> nets = [nn.Linear(3, 1), nn.Linear(3, 1)]
         >>> torch.equal(member(stack(nets), 1).weight, nets[1].weight)
         True

@@ -61,7 +61,7 @@ class SweepError(RuntimeError):
 def grid(**values: Iterable[Any]) -> list[dict[str, Any]]:
     """Return every combination of values, the last name's changing fastest.
 
-    Example:
+    Examples:
         >>> grid(hidden=[16, 32], seed=[0])
         [{'hidden': 16, 'seed': 0}, {'hidden': 32, 'seed': 0}]
     """
@@ -110,7 +110,7 @@ def sweep(
         ImportError: If joblib, or Ray for ``backend="ray"``, is not installed.
         SweepError: If runs failed, once all others are finished. They are run again the next time.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> def square(x):
         ...     return {"square": x * x}

@@ -30,7 +30,7 @@ class Axes:
     The defaults fit ``Linear``, ``Conv`` and recurrent weights. A module with another layout says so in a class
     attribute ``parameter_axes``, a dict from the parameter's local name to its ``Axes``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> stacked = torch.zeros(7, 3, 5)  # seven copies of a 3-in, 5-out layer, stored (member, in, out)
         >>> Axes(unit=2, input=1, member=0).view(stacked).shape
@@ -208,7 +208,7 @@ class Target:
 def canonical_name(name: str) -> str:
     """Strip what wrappers (``torch.compile``, activation checkpointing) put into a parameter's name.
 
-    Example:
+    Examples:
         >>> canonical_name("net._orig_mod.0.weight")
         'net.0.weight'
     """
@@ -231,7 +231,7 @@ def axes_of(module: nn.Module, local_name: str) -> Axes:
 def all_targets(module: nn.Module) -> dict[str, Target]:
     """List every parameter of a module by canonical name, in the module's order; a shared parameter appears once.
 
-    Example:
+    Examples:
         >>> list(all_targets(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1, bias=False))))
         ['0.weight', '0.bias', '2.weight']
     """
@@ -261,7 +261,7 @@ def resolve(module: nn.Module, patterns: Iterable[str]) -> dict[str, list[Target
         ValueError: If a pattern matches nothing, two patterns match one parameter, or a parameter of a lazy module
             has no shape yet.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
         >>> [target.name for target in resolve(net, ["*.weight"])["*.weight"]]
         ['0.weight', '2.weight']
@@ -307,7 +307,7 @@ def n_keep(wanted: int | float, n: int, name: str) -> int:
     Raises:
         ValueError: If fewer than one or more than ``n`` should remain.
 
-    Example:
+    Examples:
         >>> n_keep(0.25, 10, "net.0.weight"), n_keep(7, 10, "net.0.weight"), n_keep(0.001, 10, "net.0.weight")
         (3, 7, 1)
     """

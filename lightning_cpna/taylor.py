@@ -54,7 +54,7 @@ def weight_saliencies(
         Evci: Detecting dead weights and units in neural networks (2018), Section 2 (there without a factor 1/2 in the second
         order, as here); LeCun, Denker, Solla: Optimal brain damage (1990), Eq. 5.
 
-    Example:
+    Examples:
         >>> net = nn.Linear(2, 1, bias=False)
         >>> _ = net.weight.data.copy_(torch.tensor([[1.0, 2.0]]))
         >>> x = torch.eye(2)

@@ -85,7 +85,7 @@ def shuffle_masks_(
         optimizers: Its optimizers.
         generator: A CPU generator.
 
-    Example:
+    Examples:
         >>> from lightning_cpna import rewind_, take_snapshot
         >>> net = torch.nn.Linear(10, 4)
         >>> sparsity = Sparsity(net)

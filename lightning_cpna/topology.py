@@ -15,7 +15,7 @@ def n_connections(n_in: int, n_out: int, epsilon: float) -> int:
     Raises:
         ValueError: If epsilon is not positive.
 
-    Example:
+    Examples:
         >>> n_connections(1000, 500, epsilon=2), n_connections(10, 10, epsilon=20)
         (3000, 100)
     """
@@ -40,7 +40,7 @@ def shared_out(shapes: Mapping[str, Sequence[int]], total: int, distribution: Di
     Raises:
         ValueError: If ``total`` is less than one a layer, or more than there is.
 
-    Example:
+    Examples:
         >>> shared_out({"a": (100, 100), "b": (10, 100)}, 1100, "er")
         {'a': 710, 'b': 390}
     """

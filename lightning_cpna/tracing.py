@@ -54,7 +54,7 @@ def trace(module: nn.Module, *args: Any, **kwargs: Any) -> Graph:
     Returns:
         The graph of its layers.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> graph = trace(net, torch.zeros(5, 3))
         >>> graph["2.weight"].sources, graph["0.weight"].obstacles

@@ -60,7 +60,7 @@ class UnitScore:
         largest_first: Whether the units with the largest scores go first.
         seed: For ``"random"`` and the degrees: the seed of the generator.
 
-    Example:
+    Examples:
         >>> UnitScore("frame_potential", largest_first=True)
         UnitScore(kind='frame_potential', largest_first=True, seed=0)
     """

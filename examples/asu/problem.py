@@ -55,7 +55,7 @@ PROBLEMS: dict[str, Problem] = {
 def pruned_widths(widths: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
     """Return the widths at which NPSET ends.
 
-    Example:
+    Examples:
         >>> pruned_widths((7070, 7000, 7000, 2))
         (7070, 1320, 1320, 2)
     """

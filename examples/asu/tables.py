@@ -21,7 +21,7 @@ from lightning_cpna import SparseLinear, Sparsity, UnitInputs, UnitScore, rewire
 def mean_and_spread(values: list[float]) -> str:
     """Return mean and sample standard deviation.
 
-    Example:
+    Examples:
         >>> mean_and_spread([90.0, 92.0])
         '91.0 ± 1.4'
     """
@@ -106,7 +106,7 @@ def planted(problem: Problem, seed: int) -> nn.Sequential:
 def expected(n_in: int, n_out: int) -> tuple[float, float]:
     """Return how many different connections a layer's draws are in the mean, and the variance.
 
-    Example:
+    Examples:
         >>> [round(value) for value in expected(300, 300)]
         [5804, 179]
     """

@@ -66,7 +66,7 @@ def twins(x: Tensor) -> list[int]:
 def overlap(sets: list[set[str]]) -> float:
     """Return the mean of the Jaccard index over all pairs of sets.
 
-    Example:
+    Examples:
         >>> overlap([{"1", "2"}, {"2", "3"}])
         0.3333333333333333
     """

@@ -40,7 +40,7 @@ class PlanRow:
 def plan_text(rows: Iterable[PlanRow]) -> str:
     """Write a plan as a table in Markdown.
 
-    Example:
+    Examples:
         >>> print(plan_text([PlanRow("net.2.weight", "connection", 1024, 16, "Linear(start=10, end=90, every=1)")]))
         | what | from | to | when |
         | --- | ---: | ---: | --- |
@@ -56,7 +56,7 @@ def plan_text(rows: Iterable[PlanRow]) -> str:
 def in_words(rule: object) -> str:
     """Name a schedule, a score, or a function in its place.
 
-    Example:
+    Examples:
         >>> in_words(max)
         'max'
     """

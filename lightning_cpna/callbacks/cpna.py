@@ -96,7 +96,7 @@ class CPNAPruning(ScheduledPruning):
     Reference:
         Guo, She, Wu, Barbu: Finding deep local optima using network pruning, Algorithm 1.
 
-    Example:
+    Examples:
         >>> CPNAPruning({"net.0.weight": 24, "net.2.weight": 12}).name
         'cpna'
     """

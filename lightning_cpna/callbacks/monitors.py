@@ -33,7 +33,7 @@ class DeadUnitLogger(Callback):
     Logged, for each hidden layer whose units can be followed: ``{name}/{weight}/never_active``,
     ``{name}/{weight}/constant``, and the ``{name}/{weight}/units`` that there are.
 
-    Example:
+    Examples:
         >>> DeadUnitLogger().name
         'dead_units'
     """
@@ -135,7 +135,7 @@ class AlignmentLogger(Callback):
     Logged, for each layer: ``{name}/{weight}/median_angle``, ``{name}/{weight}/within_15`` and
     ``{name}/{weight}/frame_potential``; as a figure and as an embedding ``{name}/{weight}``.
 
-    Example:
+    Examples:
         >>> AlignmentLogger(["net.0.weight"], n_clusters=4).every_n_epochs
         1
     """

@@ -72,7 +72,7 @@ class NeuronPruning(ScheduledPruning):
         Evci: Detecting dead weights and units in neural networks (2018); Guo, She, Wu, Barbu: Finding deep local optima
         using network pruning, Section 3 (hidden nodes).
 
-    Example:
+    Examples:
         >>> NeuronPruning({"net.0.weight": 16}, score="path").name
         'neurons'
     """

@@ -59,7 +59,7 @@ class SETRewiring(SparsityCallback):
         Mocanu et al.: Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network
         science (2018); Evci et al.: Rigging the lottery (2020).
 
-    Example:
+    Examples:
         >>> SETRewiring(["net.*.weight"], zeta=0.3, epsilon=10).name
         'rewiring'
     """

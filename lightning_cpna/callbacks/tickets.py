@@ -76,7 +76,7 @@ class TicketRewind(SparsityCallback):
         Frankle, Carbin: The lottery ticket hypothesis (2019); Frankle, Dziugaite, Roy, Carbin: Linear mode connectivity and
         the lottery ticket hypothesis (2020); Renda, Frankle, Carbin: Comparing rewinding and fine-tuning (2020).
 
-    Example:
+    Examples:
         >>> ticket = TicketRewind({"net.*.weight": 0.8**5}, epochs=3, levels=5, controls=["reinit"])
         >>> ticket.n_epochs
         33

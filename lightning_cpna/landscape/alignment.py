@@ -92,7 +92,7 @@ def filters_of(module: nn.Module, name: str) -> Tensor:
     Raises:
         ValueError: If there is no such weight.
 
-    Example:
+    Examples:
         >>> filters_of(nn.Conv2d(2, 5, 3), "weight").shape
         torch.Size([5, 18])
     """
@@ -127,7 +127,7 @@ def alignment(filters: Tensor, n_clusters: int = 4, *, seed: int = 0) -> Alignme
         Brutzkus, Globerson: Why do larger models generalize better? A theoretical perspective via the XOR problem (2019),
         where the angles to the centres of four clusters show that filters cluster.
 
-    Example:
+    Examples:
         >>> result = alignment(torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0], [0.0, 0.0]]), n_clusters=2)
         >>> result.angles, result.units
         (tensor([0., 0., 0.], dtype=torch.float64), tensor([0, 1, 2]))
@@ -157,7 +157,7 @@ def alignment(filters: Tensor, n_clusters: int = 4, *, seed: int = 0) -> Alignme
 def angles_between(a: Tensor, b: Tensor) -> Tensor:
     """Return the angles between pairs of vectors ``(pair, input)``, in degrees; exact for small ones, too.
 
-    Example:
+    Examples:
         >>> angles_between(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
         tensor([90.])
     """
@@ -180,7 +180,7 @@ def frame_potential(filters: Tensor, *, normalize: bool = True) -> float:
     Reference:
         Benedetto, Fickus: Finite normalized tight frames (2003), here divided by the square of the number of vectors.
 
-    Example:
+    Examples:
         >>> frame_potential(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]))  # 5 of 9 pairs
         0.5555555555555556
     """
@@ -192,7 +192,7 @@ def frame_potential(filters: Tensor, *, normalize: bool = True) -> float:
 def frame_potential_bounds(n: int, d: int) -> tuple[float, float]:
     """Return the lowest frame potential that n directions in d dimensions can have, and its mean for random ones.
 
-    Example:
+    Examples:
         >>> frame_potential_bounds(4, 2)
         (0.5, 0.625)
     """
@@ -213,7 +213,7 @@ def similarity_graph(filters: Tensor, threshold: float = SIMILAR) -> Tensor:
         Heitmann: Neural network pruning (github.com/jheitmann/Neural-net-pruning, 2020), ``snapshots.py``; there the mean is
         over all epochs, and over each vector with itself, too.
 
-    Example:
+    Examples:
         >>> similarity_graph(torch.tensor([[1.0, 0.0], [2.0, 0.0], [-1.0, 0.0]]))
         tensor([[0., 1., 0.],
                 [1., 0., 0.],

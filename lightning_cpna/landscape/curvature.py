@@ -135,7 +135,7 @@ def hessian_spectrum(
         Papyan: Traces of class/cross-class structure pervade deep learning spectra (2020), Algorithm 2; Sagun, Evci, Güney,
         Dauphin, Bottou: Empirical analysis of the Hessian of over-parametrized neural networks (2017).
 
-    Example:
+    Examples:
         >>> net = torch.nn.Linear(3, 1, bias=False)
         >>> x = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
         >>> surface = LossSurface(net, [x], lambda net, x: net(x).square().sum() / 2)
@@ -174,7 +174,7 @@ def lanczos(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> t
     Returns:
         The diagonal of the tridiagonal matrix, float64 ``(m,)``, and its off-diagonal, ``(m - 1,)``, on the CPU.
 
-    Example:
+    Examples:
         >>> lanczos(lambda v: 2 * v, torch.tensor([3.0, 4.0]), 2)
         (tensor([2.], dtype=torch.float64), tensor([], dtype=torch.float64))
     """
@@ -209,7 +209,7 @@ def hessian(surface: LossSurface, point: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: If there are more.
 
-    Example:
+    Examples:
         >>> net = torch.nn.Linear(2, 1, bias=False)
         >>> x = torch.tensor([[1.0, 2.0]])
         >>> hessian(LossSurface(net, [x], lambda net, x: net(x).square().sum() / 2))
@@ -246,7 +246,7 @@ def top_eigenvalues(
         ImportError: If scipy is not installed.
         scipy.sparse.linalg.ArpackNoConvergence: If they are not found in ten steps a coordinate.
 
-    Example:
+    Examples:
         >>> net = torch.nn.Linear(3, 1, bias=False)
         >>> x = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
         >>> surface = LossSurface(net.double(), [x], lambda net, x: net(x).square().sum() / 2)
@@ -286,7 +286,7 @@ def n_outliers(eigenvalues: Tensor) -> int:
     Reference:
         Sagun et al. (2017), Section 3, where they are counted by eye.
 
-    Example:
+    Examples:
         >>> n_outliers(torch.tensor([9.0, 5.0, 0.2, 0.1, 0.05]))
         2
     """

@@ -139,7 +139,7 @@ def walk_level_set(
         Tahir, Katz: Numerical exploration of training loss level-sets in deep neural networks (2020); the walk is theirs,
         Newton's correction and the fixed length of steps are ours (theirs stops at the kinks of ReLU).
 
-    Example:
+    Examples:
         >>> net = torch.nn.Linear(2, 1, bias=False).double()
         >>> x = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
         >>> surface = LossSurface(net, [x], lambda net, x: net(x).square().mean())  # the square of the first weight

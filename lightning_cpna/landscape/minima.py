@@ -78,7 +78,7 @@ def find_minima(
     Reference:
         Guo, She, Wu, Barbu: Finding deep local optima using network pruning, Figs. 1 and 2, where losses are sorted.
 
-    Example:
+    Examples:
         >>> def fit(seed):
         ...     net = nn.Linear(1, 1, bias=False)
         ...     _ = nn.init.constant_(net.weight, (-1.0) ** seed)  # the two minima of (w^2 - 1)^2

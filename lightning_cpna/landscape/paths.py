@@ -37,7 +37,7 @@ class Curve:
     def __call__(self, t: float) -> Tensor:
         """Return the point ``(n,)`` at t, by de Casteljau's algorithm; t is 0 at the start and 1 at the end.
 
-        Example:
+        Examples:
             >>> curve = Curve(torch.tensor([[0.0, 0.0], [1.0, 2.0], [2.0, 0.0]]))
             >>> curve(0.5)
             tensor([1., 1.])
@@ -117,7 +117,7 @@ def barrier(values: Tensor) -> float:
     Reference:
         Frankle, Dziugaite, Roy, Carbin: Linear mode connectivity and the lottery ticket hypothesis (2020), Section 2.
 
-    Example:
+    Examples:
         >>> barrier(torch.tensor([0.1, 0.5, 0.3]))
         0.30000001192092896
     """
@@ -162,7 +162,7 @@ def follow(
         Garipov, Izmailov, Podoprikhin, Vetrov, Wilson: Loss surfaces, mode connectivity, and fast ensembling of DNNs (2018),
         Section 3 and Appendix A.2; 61 places as there.
 
-    Example:
+    Examples:
         >>> net = torch.nn.Linear(1, 1, bias=False)
         >>> surface = LossSurface(net, [torch.ones(1, 1)], lambda net, x: (net(x).square() - 1).square().mean())
         >>> path = follow(surface, line(torch.tensor([-1.0]), torch.tensor([1.0])), places=3)
@@ -236,7 +236,7 @@ def fit_curve(
         Garipov et al. (2018), Section 3.2 (there with SGD); Evci, Pedregosa, Gomez, Elsen: The difficulty of training sparse
         neural networks (2019), Section 4, for degrees 2 and 3 between sparse networks.
 
-    Example:
+    Examples:
         >>> net = torch.nn.Linear(2, 1, bias=False)
         >>> def ring(net, x):
         ...     return (net.weight.square().sum() - 1).square()

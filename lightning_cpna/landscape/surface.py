@@ -49,7 +49,7 @@ class LossSurface:
         ValueError: If there are no batches or no coordinates, a mask does not fit, the loss is no scalar, differs when it is
             computed again, or computing it changes the module's buffers.
 
-    Example:
+    Examples:
         >>> net = nn.Linear(2, 1, bias=False)
         >>> x = torch.eye(2)
         >>> surface = LossSurface(net, [x], lambda net, x: net(x).square().sum())

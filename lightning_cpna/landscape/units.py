@@ -111,7 +111,7 @@ def unit_report(
     Reference:
         Evci: Detecting dead weights and units in neural networks (2018), Section 3.
 
-    Example:
+    Examples:
         >>> from lightning_cpna import trace
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
         >>> net[0].weight.data[1] = 0
