@@ -114,7 +114,7 @@ def draw(rows: list[Row]) -> Figure:
     problems = _problems(rows)
     columns = min(4, len(problems))
     drawn = Figure(figsize=(3.2 * columns + 1.6, 2.6 * -(-len(problems) // columns)), layout="constrained")
-    grid_of_axes = drawn.subplots(-(-len(problems) // columns), columns, sharey=True, squeeze=False).flat
+    grid_of_axes = drawn.subplots(-(-len(problems) // columns), columns, sharey=True, squeeze=False).flatten()
     for axes, problem in zip(grid_of_axes, problems, strict=False):
         for place, method in enumerate(METHODS):
             values = [row["test"] for row in rows if (row["problem"], row["method"]) == (problem, method)]
@@ -122,7 +122,7 @@ def draw(rows: list[Row]) -> Figure:
         axes.set(title=problem, yticks=range(len(METHODS)), yticklabels=METHODS)
         axes.invert_yaxis()
         axes.grid(alpha=0.3)
-    for axes in list(grid_of_axes)[len(problems) :]:
+    for axes in grid_of_axes[len(problems) :]:
         axes.set_visible(False)
     drawn.supxlabel("test AUC where there are two classes, else accuracy, %")
     return drawn
@@ -168,10 +168,10 @@ def _features(rows: list[Row]) -> str:
 
 
 def _costs(rows: list[Row]) -> str:
-    """Return by method its mean rank, and medians over the problems of what it reads, holds, and takes."""
+    """Return by method its mean ranks, and medians over the problems of what it reads, holds, and takes."""
     means = {key: mean for key, (mean, _) in mean_and_spread(rows, ("problem", "method"), "test").items()}
     lines = [
-        "| method | mean rank | best on | features read | parameters | fit, s: median (max) | predict, ms |",
+        "| method | mean rank: XOR / others | best on | features read | parameters | fit, s: median (max) | predict, ms |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     problems = _problems(rows)
@@ -181,14 +181,18 @@ def _costs(rows: list[Row]) -> str:
         for method in METHODS
     }
     for method in METHODS:
-        own = [ranks[problem, method] for problem in problems]
+        own = {problem: ranks[problem, method] for problem in problems}
+        n_best = list(own.values()).count(1)
+        of_xor = [rank for problem, rank in own.items() if problem in XOR]
+        of_others = [rank for problem, rank in own.items() if problem not in XOR]
+        mean_ranks = " / ".join(f"{fmean(some):.1f}" if some else "none" for some in (of_xor, of_others))
         medians = {}
         for value in ("features", "parameters", "fit_seconds", "predict_seconds"):
             over = mean_and_spread([row for row in rows if row["method"] == method], ("problem",), value)
             medians[value] = median(mean for mean, _ in over.values())
         longest = max(row["fit_seconds"] for row in rows if row["method"] == method)
         lines.append(
-            f"| {method} | {fmean(own):.1f} | {own.count(1)} | {medians['features']:,.0f} | {medians['parameters']:,.0f} "
+            f"| {method} | {mean_ranks} | {n_best} | {medians['features']:,.0f} | {medians['parameters']:,.0f} "
             f"| {medians['fit_seconds']:.1f} ({longest:.0f}) | {1000 * medians['predict_seconds']:.1f} |"
         )
     return "\n".join(lines)
