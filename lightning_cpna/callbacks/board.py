@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -54,13 +55,15 @@ def plan_text(rows: Iterable[PlanRow]) -> str:
 
 
 def in_words(rule: object) -> str:
-    """Name a schedule, a score, or a function in its place.
+    """Name a schedule, a score, or a function in its place, the same in every process.
 
     Examples:
         >>> in_words(max)
         'max'
+        >>> in_words(partial(in_words, rule=3))
+        'functools.partial(<function in_words>, rule=3)'
     """
-    return str(getattr(rule, "__qualname__", repr(rule)))
+    return re.sub(" at 0x[0-9a-f]+", "", str(getattr(rule, "__qualname__", repr(rule))))
 
 
 def log_text(loggers: Iterable[Any], tag: str, text: str, step: int) -> None:
