@@ -11,7 +11,7 @@ from typing import Any
 from lightning_cpna.plots import connectivity, log_figure, plot_connectivity, that_take
 from lightning_cpna.sparsity import Sparsity
 
-HALF = 0.5  # chosen: a picture whenever half of a layer's connections in the last one have gone
+REST = 0.25  # chosen: a picture whenever so much of a layer's connections in the last one is left, three to six a layer
 MAX_CONNECTIONS, MAX_UNITS, MAX_LAYERS = (
     5_000_000,
     200_000,
@@ -85,7 +85,7 @@ class ConnectivityPictures:
         self._drawn_at = -1
 
     def draw(self, loggers: Iterable[Any], sparsity: Sparsity, step: int, *, last: bool = False) -> None:
-        """Draw, if this is the first time, or the last, or half of a layer's connections in the last picture have gone.
+        """Draw, if this is the first time, or the last, or three quarters of a layer's in the last picture have gone.
 
         A network of more than five million live connections, 200,000 units or twelve layers is not drawn.
         """
@@ -94,8 +94,8 @@ class ConnectivityPictures:
         if sum(live.values()) > MAX_CONNECTIONS or n_units > MAX_UNITS or len(layers) > MAX_LAYERS:
             return
         before = live if self._drawn is None else live | self._drawn
-        has_halved = any(n < before[name] and n <= HALF * before[name] for name, n in live.items())
-        if (last or has_halved or self._drawn is None) and step != self._drawn_at:
+        has_shrunk = any(n < before[name] and n <= REST * before[name] for name, n in live.items())
+        if (last or has_shrunk or self._drawn is None) and step != self._drawn_at:
             self._drawn, self._drawn_at = live, step
             log_figure(loggers, self.tag, partial(_picture, sparsity), step)
 

@@ -116,8 +116,8 @@ def drawn_at(counts: list[int]) -> list[int]:
     return [step for _, step in logger.taken.figures]
 
 
-def test_pictures_are_drawn_first_at_every_half_and_last_by_hand() -> None:
-    assert drawn_at([64, 33, 32, 17, 16, 9, 9]) == [0, 2, 4, 6]
+def test_pictures_are_drawn_first_when_a_quarter_is_left_and_last_by_hand() -> None:
+    assert drawn_at([64, 33, 17, 16, 5, 4, 3, 3]) == [0, 3, 5, 7]
 
 
 @pytest.mark.parametrize(("limit", "expected"), [("MAX_CONNECTIONS", [1, 4]), ("MAX_UNITS", []), ("MAX_LAYERS", [])])
@@ -128,7 +128,7 @@ def test_a_network_that_is_too_large_is_not_drawn(
     assert drawn_at([64, 33, 32, 17, 16]) == expected
 
 
-def test_the_half_of_a_small_layer_is_drawn_and_no_step_twice() -> None:
+def test_what_a_small_layer_lost_is_drawn_and_no_step_twice() -> None:
     for step, expected in ((7, [1, 7, 20]), (20, [1, 20])):
         net = nn.Sequential(nn.Linear(N_FEATURES, 40), nn.ReLU(), nn.Linear(40, 1))
         pruning = CPNAPruning({"net.2.weight": 4}, schedule=OneShot(step))
