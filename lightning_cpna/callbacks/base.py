@@ -178,6 +178,11 @@ class SparsityCallback(Callback):
         """The key of this callback's state in a checkpoint."""
         return f"{type(self).__qualname__}{{'name': {self.name!r}}}"
 
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        """What a resumed fit must not change, as Python primitives."""
+        raise NotImplementedError
+
     def state_dict(self) -> dict[str, Any]:
         """Return the callback's state; the masks are in the checkpoint beside it.
 
@@ -187,7 +192,13 @@ class SparsityCallback(Callback):
         if self._fit is not None:
             self._catch_up(self._fit)
             self._note_graph(self._fit)
-        return {"version": STATE_VERSION, "step": self._handled_step, "epoch": self._epoch, "graph": self._graph}
+        return {
+            "version": STATE_VERSION,
+            "arguments": self._arguments,
+            "step": self._handled_step,
+            "epoch": self._epoch,
+            "graph": self._graph,
+        }
 
     def _note_graph(self, fit: Fit) -> None:
         graph = fit.sparsity.full_graph or fit.sparsity.graph
@@ -198,20 +209,26 @@ class SparsityCallback(Callback):
         """Take the callback's state from a checkpoint.
 
         Raises:
-            ValueError: If the state is of a version that this release does not know.
+            ValueError: If the state is of a version that this release does not know, or of a fit with other arguments.
         """
-        self._check_version(state_dict)
+        self._check_state(state_dict)
         self._step = self._handled_step = state_dict["step"]
         self._epoch = state_dict["epoch"]
         self._graph = state_dict["graph"]
         self._restored = True
 
-    def _check_version(self, state_dict: dict[str, Any]) -> None:
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
         if state_dict.get("version") != STATE_VERSION:
             raise ValueError(
                 f"{self.name}: the checkpoint's state has version {state_dict.get('version')!r}; "
                 f"this release reads {STATE_VERSION}"
             )
+        for argument, value in self._arguments.items():
+            if state_dict["arguments"][argument] != value:
+                raise ValueError(
+                    f"{self.name}: {argument} is {value!r}; allowed is what it was when the checkpoint was made, "
+                    f"{state_dict['arguments'][argument]!r}; to go on to others, load the weights alone and infer_masks"
+                )
 
     @contextlib.contextmanager
     def _naming_errors(self, what: str = "") -> Iterator[None]:
@@ -236,7 +253,7 @@ class SparsityCallback(Callback):
             states = checkpoint["callbacks"]
             for callback in ours(trainer):
                 if callback.state_key in states:
-                    callback._check_version(states[callback.state_key])
+                    callback._check_state(states[callback.state_key])
             sparsity_of(pl_module).load_masks(checkpoint[CHECKPOINT_KEY])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -131,6 +131,10 @@ class CPNAPruning(ScheduledPruning):
         self._score = _score_of(score, granularity)
         self._stages: list[Stage] = []
         super().__init__(schedule, self._score.seed if isinstance(self._score, Score) else 0, name, shrink)
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        return {"targets": dict(self.targets), "granularity": self.granularity, "scope": self.scope}
 
     def _find_budgets(self, sparsity: Sparsity, pl_module: LightningModule) -> list[Budget]:
         return sparsity.add_budgets(pl_module, self.targets, self.granularity, self.scope)

@@ -130,6 +130,10 @@ class NeuronPruning(ScheduledPruning):
     def _keeps_graph(self) -> bool:  # type: ignore[override]
         return isinstance(self.schedule, EpochFraction)
 
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        return {"targets": self.targets if isinstance(self.targets, list) else dict(self.targets), "scope": self.scope}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state; where units go when an epoch starts, with what was seen in the epoch before."""
         state = super().state_dict()
@@ -141,10 +145,6 @@ class NeuronPruning(ScheduledPruning):
         """Note what is needed when the next epoch starts."""
         if isinstance(self.schedule, EpochFraction):
             self._seen = None if fit.watch is None else fit.watch.state_dict()
-
-    def _check_goals(self, fit: Fit) -> None:
-        if not isinstance(self.schedule, EpochFraction):  # whose counts are those of what is left
-            super()._check_goals(fit)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the connectivity and let go of the optimizers."""

@@ -105,6 +105,10 @@ class SETRewiring(SparsityCallback):
         self._generator = torch.Generator()
         super().__init__(name)
 
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        return {"targets": self.targets}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the step, the random generator's state and, where growth looks at them, gradients."""
         return {

@@ -39,7 +39,7 @@ class ScheduledPruning(SparsityCallback):
             "n_start": dict(self._n_start),
             "thresholds": dict(self._thresholds),
             "generator": self._generator.get_state(),
-            "goals": dict(self._goals),
+            "ways": dict(self._ways),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -48,13 +48,13 @@ class ScheduledPruning(SparsityCallback):
         self._n_start = dict(state_dict["n_start"])
         self._thresholds = dict(state_dict["thresholds"])
         self._generator.set_state(state_dict["generator"])
-        self._goals = dict(state_dict["goals"])
+        self._ways = dict(state_dict["ways"])
 
     def _begin(self) -> None:
         super()._begin()
         self._n_start = dict[str, int]()
         self._thresholds = dict[str, float]()
-        self._goals = dict[str, list[Any]]()
+        self._ways = dict[str, str]()
         self._generator.manual_seed(self._seed)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -75,24 +75,15 @@ class ScheduledPruning(SparsityCallback):
     def _see(self, fit: Fit) -> None:
         super()._see(fit)
         if fit.planned:
-            self._check_goals(fit)
+            self._tell_changes(fit)
 
-    def _check_goals(self, fit: Fit) -> None:
-        """Refuse to go on to other counts than those that a resumed fit had; say so if it is another way that leads there."""
-        before, now = self._goals, {b.label: [b.n_end, self._when(fit, b)] for b in fit.budgets}
-        self._goals = now
-        if not before:
-            return
-        counts, wanted = ({label: n for label, (n, _) in goals.items()} for goals in (before, now))
-        if counts != wanted:
-            raise ValueError(
-                f"{self.name}: targets ask for {wanted}, where the checkpoint's fit asked for {counts}; allowed is to resume "
-                "with the same; for others load the weights alone (load_state_dict), and their masks with infer_masks"
-            )
-        for label, (_, how) in now.items():
-            if how != before[label][1]:
+    def _tell_changes(self, fit: Fit) -> None:
+        """Say so if a resumed fit goes on in another way than it had."""
+        before, self._ways = self._ways, {budget.label: self._when(fit, budget) for budget in fit.budgets}
+        for label, way in self._ways.items():
+            if label in before and way != before[label]:
                 warnings.warn(
-                    f"{self.name}: {label!r} goes on by {how}, where the checkpoint's fit had {before[label][1]}",
+                    f"{self.name}: {label!r} goes on by {way}, where the checkpoint's fit had {before[label]}",
                     stacklevel=2,
                 )
 

@@ -145,7 +145,6 @@ class TicketRewind(SparsityCallback):
 
     @property
     def _arguments(self) -> dict[str, Any]:
-        """What a resumed fit must not change."""
         return {
             "targets": None if self.targets is None else dict(self.targets),
             "epochs": self.epochs,
@@ -175,7 +174,6 @@ class TicketRewind(SparsityCallback):
         """Return the state: which round it is, what is known of those that ended, and the snapshots."""
         return {
             **super().state_dict(),
-            "arguments": self._arguments,
             "reports": [asdict(report) for report in self.reports],
             "n_begun": self._n_begun,
             "round_step": self._round_step,
@@ -190,12 +188,6 @@ class TicketRewind(SparsityCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state from a checkpoint."""
-        for name, value in self._arguments.items():
-            if state_dict["arguments"][name] != value:
-                raise ValueError(
-                    f"{self.name}: {name} is {value!r}; allowed is what it was when the checkpoint was made, "
-                    f"{state_dict['arguments'][name]!r}"
-                )
         super().load_state_dict(state_dict)
         self.reports = tuple(RoundReport(**report) for report in state_dict["reports"])
         self._n_begun = state_dict["n_begun"]
