@@ -524,6 +524,8 @@ class SparsityCallback(Callback):
                     f"{layer.name}/live_units": layer.live_units,
                     f"{layer.name}/live_features": layer.live_features,
                 }
+                if layer.effective is not None:
+                    values[f"{layer.name}/effective"] = layer.effective
         return values
 
     def report(self, pl_module: LightningModule) -> SparsityReport:

@@ -250,6 +250,8 @@ def test_what_is_logged_agrees_with_a_count_by_hand() -> None:
     assert logged["both/net.0.weight/target"] == 9
     assert logged["both/net.0.weight/live_features"] == int(w.any(0).sum())
     assert logged["both/net.0.weight/live_units"] == int((w.any(1) & v.any(0)).sum())
+    assert logged["both/net.0.weight/effective"] == int(w[v.any(0)].sum())
+    assert logged["both/net.2.weight/effective"] == int(v[:, w.any(1)].sum())
     assert logged["both/net.0.weight/threshold"] > 0
 
 
