@@ -281,7 +281,7 @@ def test_a_real_tensorboard_serves_scalars_pictures_the_plan_and_hyperparameters
     assert list(ask("images/tags")["run"]) == ["cpna/connectivity"]
     pictures = [picture["step"] for picture in ask("images/images?tag=cpna/connectivity&run=run&sample=0")]
     assert (pictures[0], pictures[-1]) == (1, 20)
-    assert len(pictures) > 3  # of about 190 connections half went more than once
+    assert len(pictures) >= 3  # of the first, one in between where a quarter of a layer is left, and the last
     assert ask("text/tags")["run"] == ["cpna/plan/text_summary"]
     assert "Cubic(start=1, end=10, every=1)" in ask("text/text?tag=cpna/plan/text_summary&run=run")[0]["text"]
     experiment = ask("hparams/experiment", {})
