@@ -1,6 +1,7 @@
 import itertools
 import json
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -108,6 +109,56 @@ def test_effective_connections_are_those_of_all_paths_by_brute_force(seed: int, 
     found = effective_masks(masks, trace(net, torch.rand(5, 3)), all_targets(net))
     for name, mask in on_a_path.items():
         assert torch.equal(found[name], mask), name
+
+
+class Joined(nn.Module):
+    """Two branches that are joined, and a second output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(4, 5), nn.Linear(4, 3), nn.Linear(8, 2), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        second = self.b(x).relu()
+        return torch.cat([self.c(torch.cat([self.a(x).relu(), second], dim=1)), self.d(second)], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (
+            lambda: nn.Sequential(
+                nn.Conv2d(2, 4, 3, padding=1),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+                nn.Conv2d(4, 3, 2),
+                nn.ReLU(),
+                nn.Flatten(),
+                nn.Linear(27, 2),
+            ),
+            (2, 8, 8),
+        ),
+        (lambda: nn.Sequential(nn.Conv1d(4, 8, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)), (4, 8)),
+        (Joined, (4,)),
+    ],
+)
+def test_effective_connections_are_those_with_a_gradient_where_all_is_positive(
+    make: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    for _ in range(10):
+        net = make()
+        weights = {name: parameter for name, parameter in net.named_parameters() if parameter.ndim > 1}
+        live = {name: torch.rand(weight.shape) < 0.25 for name, weight in weights.items()}
+        graph = trace(net, torch.rand(3, *shape))
+        with torch.no_grad():
+            for name, parameter in net.named_parameters():
+                parameter.copy_(live[name] * (parameter.abs() + 0.1) if name in live else torch.zeros_like(parameter))
+        net(torch.rand(3, *shape) + 0.5).sum().backward()
+        masks = masked(net, {name: mask.int().flatten(1).tolist() for name, mask in live.items()})
+        for name, mask in effective_masks(masks, graph, all_targets(net)).items():
+            gradient = weights[name].grad
+            assert gradient is not None
+            assert torch.equal(mask, live[name] & (gradient > 0)), name
 
 
 class TwoReaders(nn.Module):
