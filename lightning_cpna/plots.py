@@ -118,9 +118,7 @@ def _live_connections(sparsity: Sparsity, target: Target) -> tuple[Tensor, Tenso
     weight = target.axes.view(weight)[0, ..., None].flatten(2).cpu()  # (unit, input, kernel)
     weight = weight[..., 0] if weight.shape[2] == 1 else weight.norm(dim=2)
     units, inputs = live.nonzero(as_tuple=True)
-    group = units // (
-        len(live) // target.axes.groups
-    )  # of a grouped convolution, whose units read their group's channels
+    group = units // (len(live) // target.axes.groups)  # the units of a group read its channels
     return units, inputs + group * live.shape[1], weight[units, inputs]
 
 

@@ -175,7 +175,7 @@ def effective_masks(masks: Masks, graph: Graph, targets: Mapping[str, Target]) -
     """
     found, reached = dict[str, Tensor](), dict[str, Tensor]()
     for name, layer in graph.items():
-        live, axes = live_mask(masks, targets[name]).clone(), layer.axes
+        live, axes = live_mask(masks, targets[name]), layer.axes
         inputs = live.new_ones(axes.n_members(live), axes.n_inputs(live))  # (member, input)
         for producer in graph.feeding(name):
             inputs = inputs & graph.at_inputs(reached[producer.weight], name, producer.weight, default=True)

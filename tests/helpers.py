@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -155,6 +156,25 @@ def checkpoint(folder: Path, **options: Any) -> pl.callbacks.ModelCheckpoint:
 def checkpoints(folder: Path) -> list[Path]:
     """Return the files of `checkpoint` in the order of their steps."""
     return sorted(folder.glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1].split("-")[0]))
+
+
+def same(first: Any, second: Any) -> bool:
+    """Tell whether two states are equal, to the last bit of their tensors."""
+    if isinstance(first, Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return bool(first == second)
+
+
+def needs(name: str) -> None:
+    """Skip the test if a set of the ASU repository is not there; none is downloaded."""
+    from examples.data import DATA_VARIABLE, is_here
+
+    if not os.environ.get(DATA_VARIABLE) or not is_here(name):
+        pytest.skip(f"{name} is not there: {DATA_VARIABLE} names no folder with it")
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]

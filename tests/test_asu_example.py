@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,13 @@ from examples.asu.figures import ORDERS, WHICH, figure1, figure2
 from examples.asu.problem import METHODS, PROBLEMS, pruned_widths
 from examples.asu.tables import TABLES, pruned, sizes, table2
 from examples.asu.training import MADELON, MLP, RECIPES, build, data, run
-from examples.data import DATA_VARIABLE, is_here
 from examples.page import fill
 from examples.results import load
 from lightning_cpna import SparseLinear
-from tests.helpers import tensorboard
+from tests.helpers import needs, tensorboard
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "examples" / "asu" / "results"
-
-
-def needs(name: str) -> None:
-    if not os.environ.get(DATA_VARIABLE) or not is_here(name):
-        pytest.skip(f"{name} is not there: LIGHTNING_CPNA_DATA names no folder with it")
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 pytest.importorskip("sklearn", reason="the extra 'examples' is not installed")
 pytest.importorskip("pandas", reason="the extra 'sweeps' is not installed")
 
-from examples.data import DATA_VARIABLE, is_here
 from examples.features import asu, noise
 from examples.page import fill
 from examples.results import Row
@@ -20,6 +18,7 @@ from examples.xor import frontier
 from examples.xor.recipes import callbacks
 from lightning_cpna import Restarts
 from lightning_cpna.sweeps import load_rows
+from tests.helpers import needs
 
 ROOT = Path(__file__).parents[1]
 MODULES: dict[str, tuple[Any, str]] = {
@@ -82,11 +81,8 @@ def test_the_table_of_noise_from_rows_made_by_hand() -> None:
     assert noise.table(rows).splitlines()[2].endswith("| 2 | 16 | 4 | 1 | 0.0001 | 0.0002 |")
 
 
-@pytest.mark.skipif(
-    not os.environ.get(DATA_VARIABLE) or not is_here("Lung-discrete"),
-    reason="Lung-discrete is not in the folder that LIGHTNING_CPNA_DATA names",
-)
 def test_a_search_among_shuffled_labels_is_not_certified(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("Lung-discrete")
     quick = Restarts(4, together=4, pretraining=2, annealing=6, refit=1, batch_size=16)
     monkeypatch.setitem(noise.PROBLEMS, "asu", noise.PROBLEMS["asu"]._replace(plan=quick))
     row = noise.search(problem="asu", seed=1, folder=None)

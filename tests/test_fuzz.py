@@ -28,7 +28,7 @@ from lightning_cpna import (
     SparseLinear,
     sparsity_of,
 )
-from tests.helpers import trainer
+from tests.helpers import same, trainer
 
 STEPS, N_INPUTS = 24, 6
 OPTIMIZERS: dict[str, Any] = {
@@ -186,17 +186,6 @@ def check(module: Trained, callbacks: list[Any]) -> None:
         saved = callback.state_dict()
         other.load_state_dict(copy.deepcopy(saved))
         assert same(other.state_dict(), saved)
-
-
-def same(one: Any, other: Any) -> bool:
-    """Tell whether two states are equal, to the last bit of their tensors."""
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
 
 
 @given(st.data())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import itertools
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from lightning_cpna import (
     sparsity_of,
     take_snapshot,
 )
-from tests.helpers import on_every_device
+from tests.helpers import on_every_device, same
 
 OPTIMIZERS: dict[str, Any] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
@@ -51,12 +50,6 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int, schedule
 def everything(net: nn.Module, optimizer: Any, scheduler: Any) -> dict[str, Any]:
     noted = {**net.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
     return copy.deepcopy(noted)
-
-
-def same(first: Any, second: Any) -> bool:
-    leaves = torch.utils._pytree.tree_leaves
-    pairs = itertools.zip_longest(leaves(first), leaves(second))
-    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
 
 @on_every_device

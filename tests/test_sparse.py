@@ -20,7 +20,7 @@ import lightning_cpna.sparse
 from lightning_cpna import Score, SparseLinear, Sparsity, pattern, rewire_
 from lightning_cpna.growth import Factors
 from lightning_cpna.moments import moments_of
-from tests.helpers import on_every_device
+from tests.helpers import on_every_device, same
 
 F64 = torch.float64
 N_IN, N_OUT = 12, 9
@@ -58,10 +58,6 @@ def close(actual: Tensor | None, expected: Tensor | None, tolerance: float = 1e-
 def state_of(module: nn.Module) -> dict[str, Tensor]:
     """Copy everything that a module holds, also what it does not save."""
     return {name: t.detach().clone() for name, t in (*module.named_parameters(), *module.named_buffers())}
-
-
-def same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def assert_consistent(layer: SparseLinear) -> None:

@@ -12,11 +12,8 @@ from lightning_cpna.plots import connectivity, log_figure, plot_connectivity, th
 from lightning_cpna.sparsity import Sparsity
 
 REST = 0.25  # chosen: a picture whenever so much of a layer's connections in the last one is left, three to six a layer
-MAX_CONNECTIONS, MAX_UNITS, MAX_LAYERS = (
-    5_000_000,
-    200_000,
-    12,
-)  # chosen: up to here a picture takes three seconds at most
+# Chosen: up to here a picture takes three seconds at most.
+MAX_CONNECTIONS, MAX_UNITS, MAX_LAYERS = 5_000_000, 200_000, 12
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ class ConnectivityPictures:
 
     def __init__(self, tag: str) -> None:
         self.tag = tag
-        self._drawn: dict[str, int] | None = None
+        self._drawn = dict[str, int]()  # what lived in the last picture
         self._drawn_at = -1
 
     def draw(self, loggers: Iterable[Any], sparsity: Sparsity, step: int, *, last: bool = False) -> None:
@@ -93,9 +90,9 @@ class ConnectivityPictures:
         n_units = sum(len(layer.units) for layer in layers)
         if sum(live.values()) > MAX_CONNECTIONS or n_units > MAX_UNITS or len(layers) > MAX_LAYERS:
             return
-        before = live if self._drawn is None else live | self._drawn
+        before = live | self._drawn
         has_shrunk = any(n < before[name] and n <= REST * before[name] for name, n in live.items())
-        if (last or has_shrunk or self._drawn is None) and step != self._drawn_at:
+        if (last or has_shrunk or not self._drawn) and step != self._drawn_at:
             self._drawn, self._drawn_at = live, step
             log_figure(loggers, self.tag, partial(_picture, sparsity), step)
 

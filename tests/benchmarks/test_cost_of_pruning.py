@@ -123,10 +123,8 @@ def test_masks_that_are_fixed_cost_at_most_5_percent_of_a_step_of_ten_million_we
 
 @on_every_device
 def test_annealing_at_every_step_costs_at_most_15_percent_of_a_step_on_5d_xor(device: str) -> None:
-    steps, limit = (
-        400,
-        {"cpu": 1.15, "cuda": 2.0}[device],
-    )  # on a GPU a step of so small a network is its launches alone
+    steps = 400
+    limit = {"cpu": 1.15, "cuda": 2.0}[device]  # on a GPU a step of so small a network is its launches alone
     ways: dict[str, Callable[[nn.Module], list[Any]]] = {
         "no callback": lambda net: [],
         "CPNAPruning, hidden, normalised": lambda net: [

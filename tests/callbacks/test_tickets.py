@@ -24,6 +24,7 @@ from tests.helpers import (
     checkpoints,
     data,
     loaders,
+    same,
     trainer,
 )
 
@@ -60,10 +61,6 @@ def noted(trainer: Any, module: Any) -> dict[str, Any]:
         momentum = optimizer.state.get(parameter, {}).get("momentum_buffer")
         state[f"momentum {index}"] = torch.zeros_like(parameter) if momentum is None else momentum.clone()
     return state | {"lr": torch.tensor(optimizer.param_groups[0]["lr"])}
-
-
-def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def make(seed: int = 0, sparse: bool = False, dropout: float = 0.2) -> Module:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import pytorch_lightning as pl
-import torch
 from torch import Tensor
 from torch.multiprocessing import ProcessRaisedException
 
+from lightning_cpna.pattern import rows_of
 from tests.compatibility.callbacks import CALLBACKS
 from tests.compatibility.circumstances import CIRCUMSTANCES
 from tests.compatibility.networks import NETWORKS, module
@@ -58,12 +58,11 @@ def expected_counts(callback: str, network: str) -> dict[str, int]:
     return it.connections
 
 
-def rows_of(name: str, live: Tensor, weights: dict[str, Tensor]) -> Tensor:
+def live_rows(name: str, live: Tensor, weights: dict[str, Tensor]) -> Tensor:
     """Return the unit of each live connection of a weight, which may be a list of connections."""
     if live.ndim > 1:
         return live.flatten(1).nonzero()[:, 0]
-    counts = weights[name.replace("weight", "crow_indices")].diff()
-    return torch.repeat_interleave(torch.arange(len(counts)), counts)[weights[name] != 0]
+    return rows_of(weights[name.replace("weight", "crow_indices")], len(live))[weights[name] != 0]
 
 
 def cells() -> list[Any]:
@@ -96,7 +95,7 @@ def test_a_cell_holds_its_counts_or_says_why_not(
         if "Neuron" not in callback:
             assert int(live[name].sum()) == count, name
             continue
-        n_units = len(rows_of(name, live[name], weights).unique())
+        n_units = len(live_rows(name, live[name], weights).unique())
         assert n_units <= count, name
         assert n_units == count or "SETRewiring" in callback, "rewiring may leave a unit without a connection"
     for name, mask in live.items():
