@@ -1,6 +1,6 @@
 """Bool tensors and the cells where they are True: counting, listing, filling and packing them.
 
-On the CPU counting, listing and picking go through NumPy, whose loops over bools are vectorised: five to fifteen times
+On the CPU counting, listing, picking and dividing go through NumPy, whose loops are vectorised: five to fifteen times
 faster than torch's on 82k cells.
 """
 
@@ -44,6 +44,18 @@ def pick(values: Tensor, where: Tensor) -> Tensor:
     if not values.is_cpu or values.dtype == torch.bfloat16:  # which NumPy does not have
         return values[where]
     return torch.from_numpy(values.numpy()[where.numpy()])
+
+
+def divided(cells: Tensor, n: int) -> Tensor:
+    """Return ``cells // n`` of cells that are not negative, int64.
+
+    Examples:
+        >>> divided(torch.tensor([0, 19, 20, 59]), 20)
+        tensor([0, 0, 1, 2])
+    """
+    if n == 1:
+        return cells
+    return torch.from_numpy(cells.numpy() // n) if cells.is_cpu else cells // n
 
 
 def put_cells_(tensor: Tensor, cells: Tensor, values: Tensor) -> None:

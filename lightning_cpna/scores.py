@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -166,15 +167,20 @@ class ScoreInputs:
         """Lay values of the inputs, ``(member, input)``, along the connections, so that they broadcast to ``weight``."""
         if self.cells is None:
             return self.target.axes.along_inputs(values, self.target.parameter)
-        return values[0].index_select(0, self.target.axes.inputs_of(self.cells, self.target.parameter))
+        return values[0].index_select(0, self._inputs)
 
     def sum_of_inputs(self, values: Tensor) -> Tensor:
         """Sum values of the connections, in the shape of ``weight``, over those of each input: ``(member, input)``."""
         if self.cells is None:
             return values.sum([1, *range(3, values.ndim)])
-        axes, parameter = self.target.axes, self.target.parameter
-        sums = values.new_zeros(1, axes.n_inputs(parameter))
-        return sums.index_add_(1, axes.inputs_of(self.cells, parameter), values[None])
+        sums = values.new_zeros(1, self.target.axes.n_inputs(self.target.parameter))
+        return sums.index_add_(1, self._inputs, values[None])
+
+    @cached_property
+    def _inputs(self) -> Tensor:
+        """The input of each of the ``cells``, int64 ``(cell,)``."""
+        assert self.cells is not None
+        return self.target.axes.inputs_of(self.cells, self.target.parameter)
 
     def traced(self, kind: str) -> Graph:
         """Return the graph, which knows what a kind of score must know."""

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
+from lightning_cpna.cells import divided
+
 if TYPE_CHECKING:
     from lightning_cpna.sparse import SparseLinear
 
@@ -101,11 +103,12 @@ class Axes:
 
     def units_of(self, cells: Tensor, tensor: Tensor) -> Tensor:
         """Return the unit of some cells of a flattened ``(unit, input, *kernel)``."""
-        return cells // math.prod(tensor.shape[1:])
+        return divided(cells, math.prod(tensor.shape[1:]))
 
     def inputs_of(self, cells: Tensor, tensor: Tensor) -> Tensor:
         """Return the input of some cells of a flattened ``(unit, input, *kernel)``."""
-        return cells // math.prod(tensor.shape[2:]) % tensor.shape[1]
+        pairs = divided(cells, math.prod(tensor.shape[2:]))  # of a unit and an input
+        return pairs - tensor.shape[1] * divided(pairs, tensor.shape[1])
 
     def view_bias(self, bias: Tensor) -> Tensor:
         """View the bias of a weight with these axes as ``(member, unit)``; writing to it writes through."""

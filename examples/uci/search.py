@@ -31,7 +31,8 @@ STAGES = {
     "grid": ("hidden", "batch_size", "weight_decay"),
     "rates": ("lr", "weight_decay"),
 }
-DRAWS = {("segmentation", "pruning"): 5}  # of the five folds, where one draw does not tell the settings apart
+# Of the five folds, where one draw does not tell the settings apart.
+DRAWS = {("segmentation", "pruning"): 5, ("segmentation", "levels"): 5}
 BEFORE = {"levels": ("pruning", "CPNA"), "rates": ("grid", "NN (best)")}  # by stage: which it needs, for which method
 Choice = dict[str, Any]
 
