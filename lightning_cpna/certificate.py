@@ -17,8 +17,8 @@ class Certificate:
 
     Attributes:
         loss: The lowest mean loss of any try on the held-out examples.
-        chance_loss: What it is in the mean if the held-out labels are permuted.
-        chance_spread: The standard deviation of that.
+        chance_loss: What it is in the mean if the held-out labels are permuted; infinite where it once is.
+        chance_spread: The standard deviation of that; infinite where the mean is.
         p_value: How often it is as low then. Where it is above the level, only estimated from the first permutations.
         level: What the p-value must not exceed.
     """
@@ -36,7 +36,9 @@ class Certificate:
 
     @property
     def margin(self) -> float:
-        """By how many standard deviations the loss is below what it is by chance."""
+        """By how many standard deviations the loss is below what it is by chance; infinite where that is infinite."""
+        if math.isinf(self.chance_loss):
+            return math.inf
         return (self.chance_loss - self.loss) / self.chance_spread if self.chance_spread else 0.0
 
 
@@ -89,4 +91,5 @@ def certify(losses: Tensor, labels: Tensor, level: float, generator: torch.Gener
         n_drawn += len(orders)
         as_low += int((drawn[-1] <= loss + 1e-12 * abs(loss)).sum())
     chance = torch.cat(drawn)
-    return Certificate(float(loss), float(chance.mean()), float(chance.std()), (1 + as_low) / (1 + n_drawn), level)
+    spread = chance.std() if chance.mean().isfinite() else chance.mean()
+    return Certificate(float(loss), float(chance.mean()), float(spread), (1 + as_low) / (1 + n_drawn), level)

@@ -100,7 +100,7 @@ def _longest_chain(graph: Graph, masks: Collection[str]) -> list[str]:
 
     chains: dict[str, list[str]] = {}
     for name in graph:
-        feeding = [chains[layer.weight] for layer in reversed(graph.feeding(name)) if layer.weight in chains]
+        feeding = [chains[layer.weight] for layer in reversed(graph.feeding(name))]
         chains[name] = [*max(feeding, key=length, default=[]), name]
     ends = [name for name in graph if graph[name].is_output] or list(graph)
     return max((chains[name] for name in reversed(ends)), key=length)

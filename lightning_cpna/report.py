@@ -157,7 +157,7 @@ def may_feed(masks: Masks, graph: Graph, targets: Mapping[str, Target], name: st
 
 
 def effective_masks(masks: Masks, graph: Graph, targets: Mapping[str, Target]) -> dict[str, Tensor]:
-    """Mark the live connections of the traced layers that lie on a path from an input of the network to an output.
+    """Mark the live connections of the masked layers that lie on a path from an input of the network to an output.
 
     What feeds a layer counts as reached, and what its units feed as read, where the trace does not know it.
 
@@ -173,22 +173,31 @@ def effective_masks(masks: Masks, graph: Graph, targets: Mapping[str, Target]) -
         >>> effective_masks(sparsity.masks, sparsity.graph, sparsity.targets)["2.weight"]
         tensor([[ True, False]])
     """
-    found, reached = dict[str, Tensor](), dict[str, Tensor]()
+    found = dict[str, Tensor]()
+    reached, read = dict[str, Tensor](), dict[str, Tensor]()  # (member, unit), (member, input)
     for name, layer in graph.items():
-        live, axes = live_mask(masks, targets[name]), layer.axes
-        inputs = live.new_ones(axes.n_members(live), axes.n_inputs(live))  # (member, input)
+        axes, weight = layer.axes, targets[name].parameter
+        reads_all = name not in masks and axes.groups == 1  # every unit every input
+        live = None if reads_all else live_mask(masks, targets[name])
+        n_inputs = len(layer.sources) if live is None else axes.n_inputs(live)
+        inputs = torch.ones(axes.n_members(weight), n_inputs, dtype=torch.bool, device=weight.device)
         for producer in graph.feeding(name):
             inputs = inputs & graph.at_inputs(reached[producer.weight], name, producer.weight, default=True)
+        if live is None:
+            read[name], reached[name] = inputs, inputs.any(1, keepdim=True).expand(-1, len(layer.units))
+            continue
         axes.view(live).logical_and_(axes.along_inputs(inputs, live))
         found[name], reached[name] = live, axes.sum_of_units(live) > 0
     for name, layer in reversed(list(graph.items())):
-        live, axes = found[name], layer.axes
-        units = torch.full_like(reached[name], layer.is_output or layer.lost is not None)  # (member, unit)
+        units = torch.full_like(reached[name], layer.is_output or layer.lost is not None)
         for reader in graph.fed_by(name):
-            inputs = reader.axes.sum_of_inputs(found[reader.weight])  # (member, input)
-            units = units | (graph.at_units(inputs, reader.weight, name) > 0)
-        axes.view(live).logical_and_(axes.along_units(units, live))
-    return found
+            units = units | (graph.at_units(read[reader.weight].long(), reader.weight, name) > 0)
+        if name in found:
+            layer.axes.view(found[name]).logical_and_(layer.axes.along_units(units, found[name]))
+            read[name] = layer.axes.sum_of_inputs(found[name]) > 0
+        else:
+            read[name] = read[name] & units.any(1, keepdim=True)
+    return {name: live for name, live in found.items() if name in masks}
 
 
 def live_mask(masks: Masks, target: Target) -> Tensor:

@@ -329,7 +329,7 @@ class _Search:
         with _quiet():
             trainer = self.trainer(
                 max_epochs=epochs,
-                callbacks=callbacks,
+                callbacks=[_Examples(), *callbacks],
                 logger=False,
                 log_every_n_steps=0,  # there is no logger
                 enable_checkpointing=False,
@@ -342,6 +342,15 @@ class _Search:
                 f"trainer: it ended after {trainer.current_epoch} epochs; allowed is one that trains {epochs}"
             )
         module.to("cpu")
+
+
+class _Examples(Callback):
+    """Puts the examples where the network is, so that no step waits for them."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Move them."""
+        tensors = trainer.train_dataloader.dataset.tensors  # type: ignore[union-attr]
+        tensors[:] = [tensor.to(pl_module.device) for tensor in tensors]
 
 
 class _Features(Callback):
@@ -373,11 +382,6 @@ class _Features(Callback):
         sparsity = sparsity_of(module)
         closed = sparsity.masks[self.weight].closed_inputs(sparsity.targets[self.weight].axes).cpu()
         return (~closed).nonzero()[:, 1].view(len(closed), -1)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the examples where the network is."""
-        tensors = trainer.train_dataloader.dataset.tensors  # type: ignore[union-attr]
-        tensors[:] = [tensor.to(pl_module.device) for tensor in tensors]
 
     @torch.no_grad()
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_cpna import Certificate, certify
+from lightning_cpna import Certificate, certificate, certify
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -81,7 +82,29 @@ def test_a_try_that_excludes_the_wrong_labels_is_certified() -> None:
     labels = torch.tensor([0, 1] * 20)
     never = torch.eye(2).logical_not().double()[labels] * torch.inf  # inf * 0 is NaN
     perfect = never.nan_to_num(nan=0.0, posinf=torch.inf)
-    assert certify(perfect[None], labels, 0.01, generator()).holds
+    found = certify(perfect[None], labels, 0.01, generator())
+    assert found.holds
+    assert found.loss == 0
+    assert found.chance_loss == found.chance_spread == found.margin == torch.inf
+
+
+def test_few_permutations_at_a_time_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = torch.randint(2, (40,), generator=generator())
+    learned = torch.nn.functional.one_hot(labels, 2)[None] * -0.9 + torch.rand(3, 40, 2, dtype=torch.float64)
+    noise = torch.rand(3, 40, 2, generator=generator(), dtype=torch.float64)
+    together = certify(learned, labels, 0.01, generator(1))
+    monkeypatch.setattr(certificate, "MAX_MARKS", 1)  # one at a time
+    one_by_one = certify(learned, labels, 0.01, generator(1))
+    assert dataclasses.astuple(one_by_one) == pytest.approx(dataclasses.astuple(together), rel=1e-9)
+
+    def lowest(chosen: Tensor) -> float:
+        return float(noise[:, torch.arange(40), chosen].mean(dim=1).min())
+
+    draw, n_drawn, is_lower = generator(1), 0, False
+    while not is_lower:
+        n_drawn += 1
+        is_lower = lowest(labels[torch.rand(1, 40, generator=draw).argsort(dim=1)[0]]) <= lowest(labels)
+    assert certify(noise, labels, 0.01, generator(1)).p_value == pytest.approx(2 / (1 + n_drawn))
 
 
 @pytest.mark.parametrize("level", [0.0, 1.0, 2.0, -0.1])

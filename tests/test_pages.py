@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from examples.page import fill
+from examples.page import END, fill
 
 ROOT = Path(__file__).parents[1]
 README, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "RESULTS.md"))
@@ -31,6 +31,19 @@ def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.
         layers = {layer.name: layer for layer in space["pruning"].report(space["model"]).layers}
         assert (layers["net.0.weight"].connections, layers["net.2.weight"].connections) == (12, 6)
         assert layers["net.0.weight"].live_features == 2
+
+
+def test_a_table_is_put_between_its_marks_or_nothing_is_lost() -> None:
+    page = f"A\n<!-- results of a -->\nold\n{END}\nPROSE\n<!-- results of b -->\nkept\n{END}\nZ\n"
+    assert fill(page, "a", "NEW") == page.replace("old", "NEW")
+    for broken in (page.replace(f"old\n{END}", "old"), page.split(END)[0]):
+        with pytest.raises(
+            ValueError, match="text has no '<!-- end of results -->' between '<!-- results of a -->' and"
+        ):
+            fill(broken, "a", "NEW")
+    for broken, n in ((page.replace("results of a", ""), 0), (page + page, 2)):
+        with pytest.raises(ValueError, match=f"text has '<!-- results of a -->' {n} times; allowed is once"):
+            fill(broken, "a", "NEW")
 
 
 def test_the_table_is_made_from_the_committed_results() -> None:

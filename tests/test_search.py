@@ -84,7 +84,17 @@ def noise(seed: int = 3) -> tuple[Tensor, Tensor]:
 @on_every_device
 def test_the_two_features_that_matter_only_together_are_found_and_certified(device: str) -> None:
     x, y = xor()
-    found = search(x, y, trainer=partial(pl.Trainer, accelerator=device))
+    places = set[str]()
+
+    class Where(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            places.update(tensor.device.type for tensor in trainer.train_dataloader.dataset.tensors)
+
+    def make(callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:
+        return pl.Trainer(accelerator=device, callbacks=[*callbacks, Where()], **options)
+
+    found = search(x, y, trainer=make)
+    assert places == {device}, "examples lie where the network is, in the refit, too"
     assert found.features == (3, 7)
     assert found.certificate.holds
     assert found.certificate.margin > 10

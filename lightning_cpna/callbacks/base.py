@@ -32,7 +32,7 @@ from lightning_cpna.targets import all_targets
 T = TypeVar("T")
 
 CHECKPOINT_KEY = "lightning_cpna"
-STATE_VERSION = 1
+STATE_VERSION = 2
 MANY = 0.01  # chosen: of a weight, the share of zeros that no initialisation draws by chance
 SHRINK_FRACTION, SHRINK_PAUSE = 0.1, 10  # chosen: a cut costs about as much as a few steps of the larger network
 _UNSERVED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")
@@ -194,10 +194,11 @@ class SparsityCallback(Callback):
             self._note_graph(self._fit)
         return {
             "version": STATE_VERSION,
-            "arguments": self._arguments,
+            "arguments": tree_map(_primitive, self._arguments),
             "step": self._handled_step,
             "epoch": self._epoch,
             "graph": self._graph,
+            "ways": dict(self._ways),
         }
 
     def _note_graph(self, fit: Fit) -> None:
@@ -209,20 +210,23 @@ class SparsityCallback(Callback):
         """Take the callback's state from a checkpoint.
 
         Raises:
-            ValueError: If the state is of a version that this release does not know, or of a fit with other arguments.
+            ValueError: If the state is of a version that this release does not know.
         """
-        self._check_state(state_dict)
+        self._check_version(state_dict)
         self._step = self._handled_step = state_dict["step"]
         self._epoch = state_dict["epoch"]
         self._graph = state_dict["graph"]
+        self._ways = dict(state_dict["ways"])
         self._restored = True
 
-    def _check_state(self, state_dict: dict[str, Any]) -> None:
+    def _check_version(self, state_dict: dict[str, Any]) -> None:
         if state_dict.get("version") != STATE_VERSION:
             raise ValueError(
                 f"{self.name}: the checkpoint's state has version {state_dict.get('version')!r}; "
                 f"this release reads {STATE_VERSION}"
             )
+
+    def _check_arguments(self, state_dict: dict[str, Any]) -> None:
         for argument, value in self._arguments.items():
             if state_dict["arguments"][argument] != value:
                 raise ValueError(
@@ -246,14 +250,20 @@ class SparsityCallback(Callback):
             checkpoint[CHECKPOINT_KEY] = sparsity.masks.full(sparsity.kept).state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Load the masks, once, and forget an earlier fit: the state that the checkpoint has of it is loaded after this."""
+        """Load the masks, once, and forget an earlier fit: the state that the checkpoint has of it is loaded after this.
+
+        Raises:
+            ValueError: If a fit would go on with other arguments than it had.
+        """
         if trainer.training:
             self._begin()
         if CHECKPOINT_KEY in checkpoint and self._is_first(trainer):
             states = checkpoint["callbacks"]
             for callback in ours(trainer):
-                if callback.state_key in states:
-                    callback._check_state(states[callback.state_key])
+                if (state := states.get(callback.state_key)) is not None:
+                    callback._check_version(state)
+                    if trainer.training:
+                        callback._check_arguments(state)
             sparsity_of(pl_module).load_masks(checkpoint[CHECKPOINT_KEY])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -282,6 +292,7 @@ class SparsityCallback(Callback):
         self._step = self._handled_step = 0
         self._epoch = None
         self._graph = None
+        self._ways = dict[str, str]()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the targets, and hold the masks that are there already (a resumed run, a second fit)."""
@@ -440,11 +451,18 @@ class SparsityCallback(Callback):
             fit.planned = True
 
     def _tell_plan(self, fit: Fit) -> None:
-        """Give the loggers the plan as text."""
+        """Give the loggers the plan as text, and say so if a resumed fit goes on in another way than it had."""
         fit.is_told = True
+        before, self._ways = self._ways, {budget.label: self._when(fit, budget) for budget in fit.budgets}
+        for label, way in self._ways.items():
+            if label in before and way != before[label]:
+                warnings.warn(
+                    f"{self.name}: {label!r} goes on by {way}, where the checkpoint's fit had {before[label]}",
+                    stacklevel=2,
+                )
         if fit.budgets and fit.trainer.is_global_zero:
             rows = [
-                PlanRow(b.label, b.granularity, fit.sparsity.n_remaining(b), b.n_end, self._when(fit, b))
+                PlanRow(b.label, b.granularity, fit.sparsity.n_remaining(b), b.n_end, self._ways[b.label])
                 for b in fit.budgets
             ]
             log_text(fit.trainer.loggers, f"{self.name}/plan", plan_text(rows), fit.trainer.global_step)
@@ -564,6 +582,11 @@ class SparsityCallback(Callback):
                 self._fit.sparsity.drop_dead_(self._fit.optimizers)
                 self._fit.sparsity.masks.apply_(self._fit.sparsity.tensors)
             self._fit = None
+
+
+def _primitive(value: Any) -> Any:
+    """Make a NumPy float one of Python's, which a checkpoint that is loaded safely can hold."""
+    return float(value) if isinstance(value, float) else value
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from lightning_cpna.plots import connectivity, log_figure, plot_connectivity, th
 from lightning_cpna.sparsity import Sparsity
 
 REST = 0.25  # chosen: a picture whenever so much of a layer's connections in the last one is left, three to six a layer
-# Chosen: up to here a picture takes three seconds at most.
+# Chosen: up to here a picture takes a few seconds.
 MAX_CONNECTIONS, MAX_UNITS, MAX_LAYERS = 5_000_000, 200_000, 12
 
 
@@ -84,15 +84,16 @@ class ConnectivityPictures:
     def draw(self, loggers: Iterable[Any], sparsity: Sparsity, step: int, *, last: bool = False) -> None:
         """Draw, if this is the first time, or the last, or three quarters of a layer's in the last picture have gone.
 
-        A network of more than five million live connections, 200,000 units or twelve layers is not drawn.
+        A network of more than five million live connections, 200,000 units and features, or twelve layers is not drawn.
         """
         live, layers = sparsity.live_counts(), list((sparsity.graph or {}).values())
-        n_units = sum(len(layer.units) for layer in layers)
+        n_units = sum(len(layer.units) for layer in layers) + max((len(layer.sources) for layer in layers), default=0)
         if sum(live.values()) > MAX_CONNECTIONS or n_units > MAX_UNITS or len(layers) > MAX_LAYERS:
             return
         before = live | self._drawn
         has_shrunk = any(n < before[name] and n <= REST * before[name] for name, n in live.items())
-        if (last or has_shrunk or not self._drawn) and step != self._drawn_at:
+        is_news = (live, step) != (self._drawn, self._drawn_at) if last else has_shrunk or not self._drawn
+        if is_news:
             self._drawn, self._drawn_at = live, step
             log_figure(loggers, self.tag, partial(_picture, sparsity), step)
 

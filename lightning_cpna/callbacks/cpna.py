@@ -129,6 +129,7 @@ class CPNAPruning(ScheduledPruning):
         self.normalize = normalize
         self.scope: Scope = scope
         self._score = _score_of(score, granularity)
+        self._moments: Moments = "keep" if isinstance(normalize, bool) or normalize is None else normalize
         self._stages: list[Stage] = []
         super().__init__(schedule, self._score.seed if isinstance(self._score, Score) else 0, name, shrink)
 
@@ -190,12 +191,12 @@ class CPNAPruning(ScheduledPruning):
         stage = next(stage for stage in self._stages if budget in stage.budgets)
         normalised = ", ".join(f"`{name}`" for name in stage.producers)
         after = f"; the units of {normalised} are normalised" if normalised else ""
+        after += f", moments: {self._moments}" if normalised and self._moments != "keep" else ""
         return f"optimizer steps: {in_words(stage.schedule)}; score: {in_words(self._score)}{after}"
 
     @torch.no_grad()
     def _after_step(self, fit: Fit) -> None:
         sparsity = fit.sparsity
-        moments: Moments = "keep" if isinstance(self.normalize, bool) or self.normalize is None else self.normalize
         for stage in self._stages:
             if stage.normalizes(self._step) and sparsity.graph is not None:
                 rescale_(
@@ -203,7 +204,7 @@ class CPNAPruning(ScheduledPruning):
                     sparsity.graph,
                     stage.producers,
                     optimizers=fit.optimizers,
-                    moments=moments,
+                    moments=self._moments,
                 )
             if stage.acts(self._step):
                 for budget in stage.budgets:

@@ -39,7 +39,6 @@ class ScheduledPruning(SparsityCallback):
             "n_start": dict(self._n_start),
             "thresholds": dict(self._thresholds),
             "generator": self._generator.get_state(),
-            "ways": dict(self._ways),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -48,13 +47,11 @@ class ScheduledPruning(SparsityCallback):
         self._n_start = dict(state_dict["n_start"])
         self._thresholds = dict(state_dict["thresholds"])
         self._generator.set_state(state_dict["generator"])
-        self._ways = dict(state_dict["ways"])
 
     def _begin(self) -> None:
         super()._begin()
         self._n_start = dict[str, int]()
         self._thresholds = dict[str, float]()
-        self._ways = dict[str, str]()
         self._generator.manual_seed(self._seed)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -71,21 +68,6 @@ class ScheduledPruning(SparsityCallback):
                 "will not be reached; lower its end, give it as a fraction, or train longer",
                 stacklevel=2,
             )
-
-    def _see(self, fit: Fit) -> None:
-        super()._see(fit)
-        if fit.planned:
-            self._tell_changes(fit)
-
-    def _tell_changes(self, fit: Fit) -> None:
-        """Say so if a resumed fit goes on in another way than it had."""
-        before, self._ways = self._ways, {budget.label: self._when(fit, budget) for budget in fit.budgets}
-        for label, way in self._ways.items():
-            if label in before and way != before[label]:
-                warnings.warn(
-                    f"{self.name}: {label!r} goes on by {way}, where the checkpoint's fit had {before[label]}",
-                    stacklevel=2,
-                )
 
     def _reach(
         self, fit: Fit, budget: Budget, schedule: ScheduleFunction, time: int, prune: Callable[[int], float]

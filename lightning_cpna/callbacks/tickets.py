@@ -151,6 +151,8 @@ class TicketRewind(SparsityCallback):
             "levels": self.levels,
             "rewind_to": self._rewind.to,
             "controls": list(self.controls),
+            "granularity": self.granularity,
+            "scope": self.scope,
         }
 
     # State

@@ -124,7 +124,7 @@ def test_pictures_are_drawn_first_when_a_quarter_is_left_and_last_by_hand() -> N
 def test_a_network_that_is_too_large_is_not_drawn(
     monkeypatch: pytest.MonkeyPatch, limit: str, expected: list[int]
 ) -> None:
-    monkeypatch.setattr(board, limit, {"MAX_CONNECTIONS": 40, "MAX_UNITS": 7, "MAX_LAYERS": 0}[limit])
+    monkeypatch.setattr(board, limit, {"MAX_CONNECTIONS": 40, "MAX_UNITS": 15, "MAX_LAYERS": 0}[limit])
     assert drawn_at([64, 33, 32, 17, 16]) == expected
 
 
@@ -133,6 +133,22 @@ def test_what_a_small_layer_lost_is_drawn_and_no_step_twice() -> None:
         net = nn.Sequential(nn.Linear(N_FEATURES, 40), nn.ReLU(), nn.Linear(40, 1))
         pruning = CPNAPruning({"net.2.weight": 4}, schedule=OneShot(step))
         assert [drawn for _, drawn in fitted(pruning, module=Classifier(net)).figures] == expected
+
+
+def test_the_last_picture_is_of_what_is_left_after_all_callbacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[dict[str, int]] = []
+
+    def noted(sparsity: Sparsity) -> Figure:
+        drawn.append(sparsity.live_counts())
+        return Figure()
+
+    monkeypatch.setattr(board, "_picture", noted)
+    common: dict[str, Any] = {"schedule": OneShot(20), "score": "magnitude", "normalize": False}
+    fitted(
+        CPNAPruning({"net.2.weight": 4}, name="first", **common),
+        CPNAPruning({"net.0.weight": 5}, name="second", **common),
+    )
+    assert drawn[-1] == {"net.0.weight": 5, "net.2.weight": 4}
 
 
 class InTurns(pl.LightningModule):

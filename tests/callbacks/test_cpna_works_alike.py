@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -164,33 +163,6 @@ def test_a_checkpoint_loads_without_unsafe_pickle_and_into_the_plain_module(tmp_
         content = torch.load(file, weights_only=True)
         Classifier().load_state_dict(content["state_dict"], strict=True)
         assert set(content["lightning_cpna"]["masks"]) >= {"net.0.weight", "net.2.weight"}
-
-
-@pytest.mark.parametrize("targets", [{"net.2.weight": 4}, {"net.2.weight": 5, "net.0.weight": 9}, {"net.0.weight": 5}])
-def test_resuming_with_other_targets_is_refused(tmp_path: Path, targets: dict[str, int | float]) -> None:
-    def pruning(targets: dict[str, int | float]) -> CPNAPruning:
-        return CPNAPruning(targets, schedule=Annealing(1, 12), normalize=False)
-
-    files = checkpoint(tmp_path, every_n_train_steps=4)
-    trainer(pruning({"net.2.weight": 5}), files, enable_checkpointing=True).fit(Classifier(), data())
-    model = Classifier()
-    with pytest.raises(ValueError, match=re.escape(f"cpna: targets is {targets}; allowed is what it was when")):
-        trainer(pruning(targets)).fit(model, data(), ckpt_path=checkpoints(tmp_path)[0])
-    saved = torch.load(checkpoints(tmp_path)[0], weights_only=True)["state_dict"]["net.2.weight"]
-    assert torch.equal(model.net[2].weight != 0, saved != 0), "nothing is pruned"
-
-
-def test_resuming_with_another_schedule_warns(tmp_path: Path) -> None:
-    def pruning() -> CPNAPruning:
-        return CPNAPruning({"net.2.weight": 5}, schedule=Annealing(0.1, 0.8), normalize=False)
-
-    files = checkpoint(tmp_path, every_n_train_steps=4)
-    trainer(pruning(), files, enable_checkpointing=True).fit(Classifier(), data())
-    with pytest.warns(UserWarning, match=r"goes on by .* Annealing\(start=4, end=32.*fit had .*start=2, end=16"):
-        trainer(pruning(), epochs=10).fit(Classifier(), data(), ckpt_path=checkpoints(tmp_path)[0])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*goes on by.*")
-        trainer(pruning()).fit(Classifier(), data(), ckpt_path=checkpoints(tmp_path)[0])
 
 
 def test_resuming_without_its_state_warns(tmp_path: Path) -> None:
