@@ -66,7 +66,8 @@ class NeuronPruning(ScheduledPruning):
         ValueError: If an argument is out of range (here, or when training starts and the module is known).
 
     Logged, as by ``CPNAPruning``: ``{name}/connections``, ``{name}/density``, ``{name}/at_target``, and for each target
-    ``remaining`` (units), ``target``, ``threshold``, ``live_units``, ``live_features``.
+    ``remaining`` (units), ``connections``, ``effective``, ``target``, ``density``, ``threshold``, ``live_units``,
+    ``live_features``.
 
     Reference:
         Evci: Detecting dead weights and units in neural networks (2018); Guo, She, Wu, Barbu: Finding deep local optima

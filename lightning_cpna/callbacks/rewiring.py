@@ -53,7 +53,8 @@ class SETRewiring(SparsityCallback):
         ValueError: If an argument is out of range (here, or when training starts and the module is known).
 
     Logged: ``{name}/connections``, ``{name}/density``, ``{name}/zeta`` and ``{name}/exchanged`` of the last rewiring, and for
-    each layer ``connections``, ``density``, ``live_units``, ``live_features``.
+    each layer ``connections``, ``density``, ``live_units``, ``live_features``, and ``effective`` where another callback has
+    traced the network.
 
     Reference:
         Mocanu et al.: Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network

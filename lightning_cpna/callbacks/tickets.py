@@ -68,8 +68,8 @@ class TicketRewind(SparsityCallback):
         ValueError: If an argument is out of range (here, or when training starts and the module is known).
 
     Logged: ``{name}/connections``, ``{name}/density``, ``{name}/at_target`` (1 while the last winning ticket trains),
-    ``{name}/level``, ``{name}/round`` (from 0), for each target ``connections``, ``density``, ``live_units``,
-    ``live_features``; at the end of each round ``{name}/{branch}/{monitor}`` and ``{name}/{branch}/connections``, and a
+    ``{name}/level``, ``{name}/round`` (from 0), for each target ``connections``, ``effective``, ``density``,
+    ``live_units``, ``live_features``; at the end of each round ``{name}/{branch}/{monitor}`` and ``{name}/{branch}/connections``, and a
     picture of the metric against what remains.
 
     Reference:
