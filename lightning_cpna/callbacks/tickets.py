@@ -69,8 +69,8 @@ class TicketRewind(SparsityCallback):
 
     Logged: ``{name}/connections``, ``{name}/density``, ``{name}/at_target`` (1 while the last winning ticket trains),
     ``{name}/level``, ``{name}/round`` (from 0), for each target ``connections``, ``effective``, ``density``,
-    ``live_units``, ``live_features``; at the end of each round ``{name}/{branch}/{monitor}`` and ``{name}/{branch}/connections``, and a
-    picture of the metric against what remains.
+    ``live_units``, ``live_features``; at the end of each round ``{name}/{branch}/{monitor}`` and
+    ``{name}/{branch}/connections``, and a picture of the metric against what remains.
 
     Reference:
         Frankle, Carbin: The lottery ticket hypothesis (2019); Frankle, Dziugaite, Roy, Carbin: Linear mode connectivity and
