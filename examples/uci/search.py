@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--runs",
         type=at_least(1),
-        help="draws of the five folds for each setting (default: 1, for the rates of CPNA on segmentation 5; paper: 10)",
+        help="draws of the five folds for each setting (default: 1, for CPNA on segmentation 5; paper: 10)",
     )
     parser.add_argument("--quick", action="store_true", help="a tenth of the epochs")
     add_sweep_arguments(parser, "runs/uci")
