@@ -119,8 +119,11 @@ def test_the_page_shows_the_committed_results_of_settings_that_were_best_in_the_
     assert {(row["problem"], row["method"]): row["settings"] for row in rows} == chosen
     tried = Counter((row["problem"], row["method"]) for row in searched)
     assert set(tried.values()) == {compare.SIZES["reduced"].trials * compare.SIZES["reduced"].folds}
-    titles = [axes.get_title() for axes in compare.draw(rows).axes if axes.get_visible()]
-    assert titles == list(dict.fromkeys(row["problem"] for row in rows))
+    problems = list(dict.fromkeys(row["problem"] for row in rows))
+    for n in (1, 2, len(problems)):
+        drawn = compare.draw([row for row in rows if row["problem"] in problems[:n]]).axes
+        assert [axes.get_title() for axes in drawn if axes.get_visible()] == problems[:n]
+        assert all(axes.yaxis_inverted() for axes in drawn), "from above as in the table"
 
 
 def test_a_repeat_counts_the_relevant_features(monkeypatch: pytest.MonkeyPatch) -> None:

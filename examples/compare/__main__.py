@@ -120,8 +120,8 @@ def draw(rows: list[Row]) -> Figure:
             values = [row["test"] for row in rows if (row["problem"], row["method"]) == (problem, method)]
             axes.plot(values, [place] * len(values), "o", ms=3, color="C2" if method in OURS else "C0")
         axes.set(title=problem, yticks=range(len(METHODS)), yticklabels=METHODS)
-        axes.invert_yaxis()
         axes.grid(alpha=0.3)
+    grid_of_axes[0].invert_yaxis()  # which all share
     for axes in grid_of_axes[len(problems) :]:
         axes.set_visible(False)
     drawn.supxlabel("test AUC where there are two classes, else accuracy, %")
