@@ -95,20 +95,34 @@ def test_which_units_live_is_literal() -> None:
     assert feeds_something(masks, graph, targets, "2.weight").tolist() == [[True, True]]
 
 
-@given(st.integers(0, 2**32 - 1), st.floats(0.1, 0.6))
-def test_effective_connections_are_those_of_all_paths_by_brute_force(seed: int, density: float) -> None:
+@given(st.integers(0, 2**32 - 1), st.floats(0.02, 0.6), st.sampled_from([None, *WEIGHTS]))
+def test_effective_connections_are_those_of_all_paths_by_brute_force(
+    seed: int, density: float, whole: str | None
+) -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
     generator = torch.Generator().manual_seed(seed)
     live = {name: torch.rand(net.get_parameter(name).shape, generator=generator) < density for name in WEIGHTS}
+    if whole is not None:  # it has no mask
+        live[whole][:] = True
     a, b, c = live.values()
     on_a_path = {name: torch.zeros_like(mask) for name, mask in live.items()}
     for i, j, k, m in itertools.product(range(3), range(4), range(3), range(2)):
         if a[j, i] and b[k, j] and c[m, k]:
             on_a_path["0.weight"][j, i] = on_a_path["2.weight"][k, j] = on_a_path["4.weight"][m, k] = True
+    masks = masked(net, {name: mask.int().tolist() for name, mask in live.items() if name != whole})
+    found = effective_masks(masks, trace(net, torch.rand(5, 3)), all_targets(net))
+    assert set(found) == set(masks)
+    for name, mask in found.items():
+        assert torch.equal(mask, on_a_path[name]), name
+
+
+@pytest.mark.parametrize(("dead", "other"), [("0.weight", "4.weight"), ("4.weight", "0.weight")])
+def test_nothing_is_effective_where_no_path_passes_a_layer_without_a_mask(dead: str, other: str) -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    live = {dead: torch.zeros_like(net.get_parameter(dead)), other: torch.ones_like(net.get_parameter(other))}
     masks = masked(net, {name: mask.int().tolist() for name, mask in live.items()})
     found = effective_masks(masks, trace(net, torch.rand(5, 3)), all_targets(net))
-    for name, mask in on_a_path.items():
-        assert torch.equal(found[name], mask), name
+    assert {name: int(mask.sum()) for name, mask in found.items()} == {dead: 0, other: 0}
 
 
 class Joined(nn.Module):
