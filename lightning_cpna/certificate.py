@@ -79,7 +79,8 @@ def certify(losses: Tensor, labels: Tensor, level: float, generator: torch.Gener
     def lowest(chosen: Tensor) -> Tensor:
         """Return the lowest loss of any try, ``(permutation,)``, for labels ``(permutation, example)``."""
         marks = torch.nn.functional.one_hot(chosen, n_labels).flatten(1).to(flat)
-        return (flat @ marks.T).amin(dim=0) / len(labels)
+        total = flat @ marks.T
+        return total.masked_fill_(total >= torch.finfo(total.dtype).max, torch.inf).amin(dim=0) / len(labels)
 
     loss = lowest(labels[None])[0]
     n, at_once = math.ceil(1 / level), min(BATCH, max(1, MAX_MARKS // flat.shape[1]))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_cpna.graph import Graph
 from lightning_cpna.masks import Masks
-from lightning_cpna.targets import Target
+from lightning_cpna.targets import ListedAxes, Target
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def effective_masks(masks: Masks, graph: Graph, targets: Mapping[str, Target]) -
     reached, read = dict[str, Tensor](), dict[str, Tensor]()  # (member, unit), (member, input)
     for name, layer in graph.items():
         axes, weight = layer.axes, targets[name].parameter
-        reads_all = name not in masks and axes.groups == 1  # every unit every input
+        reads_all = name not in masks and not isinstance(axes, ListedAxes)  # every unit every input
         live = None if reads_all else live_mask(masks, targets[name])
         n_inputs = len(layer.sources) if live is None else axes.n_inputs(live)
         inputs = torch.ones(axes.n_members(weight), n_inputs, dtype=torch.bool, device=weight.device)

@@ -88,6 +88,15 @@ def test_a_try_that_excludes_the_wrong_labels_is_certified() -> None:
     assert found.chance_loss == found.chance_spread == found.margin == torch.inf
 
 
+def test_chance_is_infinite_where_one_permutation_is() -> None:
+    labels = torch.tensor([0, 1] * 20)
+    learned = torch.eye(2).logical_not().double()[labels]
+    learned[0, 1] = torch.inf
+    found = certify(learned[None], labels, 0.01, generator())
+    assert found.holds
+    assert found.chance_loss == found.chance_spread == found.margin == torch.inf
+
+
 def test_few_permutations_at_a_time_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = torch.randint(2, (40,), generator=generator())
     learned = torch.nn.functional.one_hot(labels, 2)[None] * -0.9 + torch.rand(3, 40, 2, dtype=torch.float64)

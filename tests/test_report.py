@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_cpna import Axes, Graph, LayerReport, Masks, SparsityReport, trace
+from lightning_cpna import Axes, Graph, LayerReport, Masks, SparseLinear, SparsityReport, trace
 from lightning_cpna.graph import Layer
 from lightning_cpna.report import effective_masks, feeds_something, live_mask, live_units, sparsity_report
 from lightning_cpna.targets import Target, all_targets
@@ -123,6 +123,22 @@ def test_nothing_is_effective_where_no_path_passes_a_layer_without_a_mask(dead: 
     masks = masked(net, {name: mask.int().tolist() for name, mask in live.items()})
     found = effective_masks(masks, trace(net, torch.rand(5, 3)), all_targets(net))
     assert {name: int(mask.sum()) for name, mask in found.items()} == {dead: 0, other: 0}
+
+
+def test_a_sparse_layer_without_a_mask_counts_as_the_masked_dense_one() -> None:
+    live = torch.zeros(3, 4, dtype=torch.bool)
+    live[0, 1] = live[2, 1] = True
+    first, middle, last = nn.Linear(2, 4), nn.Linear(4, 3), nn.Linear(3, 1)
+    dense = nn.Sequential(first, nn.ReLU(), middle, nn.ReLU(), last)
+    sparse = nn.Sequential(first, nn.ReLU(), SparseLinear.from_dense(middle, live), nn.ReLU(), last)
+    found = []
+    for net in (dense, sparse):
+        whole = {name: torch.ones_like(net.get_parameter(name)).int().tolist() for name in ("0.weight", "4.weight")}
+        masks = masked(net, whole | ({"2.weight": live.int().tolist()} if net is dense else {}))
+        found.append(effective_masks(masks, trace(net, torch.rand(5, 2)), all_targets(net)))
+    for name, n in {"0.weight": 2, "4.weight": 2}.items():
+        assert torch.equal(found[0][name], found[1][name])
+        assert int(found[0][name].sum()) == n
 
 
 class Joined(nn.Module):

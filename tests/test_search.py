@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -21,7 +22,7 @@ pytest.importorskip("joblib", reason="the extra 'sweeps' is not installed")
 from lightning_cpna import Found, Restarts, find_features, member, stack
 from lightning_cpna import search as search_module
 from lightning_cpna.member_batches import mixed_seed
-from lightning_cpna.search import _first_weight
+from lightning_cpna.search import _Examples, _first_weight
 from tests.helpers import on_every_device
 
 P, N = 12, 400
@@ -79,6 +80,14 @@ def search(
 def noise(seed: int = 3) -> tuple[Tensor, Tensor]:
     x, y = xor(seed)
     return x, y[torch.randperm(N, generator=torch.Generator().manual_seed(seed))]
+
+
+def test_examples_are_put_where_the_network_is() -> None:
+    module = Net(2).to("meta")
+    loader = SimpleNamespace(dataset=SimpleNamespace(tensors=[torch.rand(3, 2), torch.rand(3)]))
+    trainer: Any = SimpleNamespace(train_dataloader=loader)
+    _Examples().on_train_start(trainer, module)
+    assert [tensor.device.type for tensor in loader.dataset.tensors] == ["meta", "meta"]
 
 
 @on_every_device

@@ -448,18 +448,21 @@ class SparsityCallback(Callback):
         leader._trace(leader._running())
         if not fit.planned and self._can_plan(fit):
             self._plan(fit)
+            self._note_ways(fit)
             fit.planned = True
 
-    def _tell_plan(self, fit: Fit) -> None:
-        """Give the loggers the plan as text, and say so if a resumed fit goes on in another way than it had."""
-        fit.is_told = True
+    def _note_ways(self, fit: Fit) -> None:
+        """Note how each budget is reached, and say so if that is another way than it was."""
         before, self._ways = self._ways, {budget.label: self._when(fit, budget) for budget in fit.budgets}
         for label, way in self._ways.items():
             if label in before and way != before[label]:
                 warnings.warn(
-                    f"{self.name}: {label!r} goes on by {way}, where the checkpoint's fit had {before[label]}",
-                    stacklevel=2,
+                    f"{self.name}: {label!r} goes on by {way}, where the fit before had {before[label]}", stacklevel=2
                 )
+
+    def _tell_plan(self, fit: Fit) -> None:
+        """Give the loggers the plan as text."""
+        fit.is_told = True
         if fit.budgets and fit.trainer.is_global_zero:
             rows = [
                 PlanRow(b.label, b.granularity, fit.sparsity.n_remaining(b), b.n_end, self._ways[b.label])

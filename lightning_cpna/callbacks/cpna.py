@@ -89,9 +89,9 @@ class CPNAPruning(ScheduledPruning):
 
     Logged (to every logger, and for ``ModelCheckpoint`` and ``EarlyStopping`` to monitor): ``{name}/connections``,
     ``{name}/density``, ``{name}/at_target`` (1 once every count is reached), and for each target ``connections``,
-    ``effective``, ``target``, ``density``, ``threshold``, ``live_units``, ``live_features``. TensorBoard also gets a text,
-    ``{name}/plan``, and pictures, ``{name}/connectivity``: at the beginning, whenever three quarters of a layer's have gone,
-    and at the end.
+    ``effective``, ``target``, ``remaining``, ``density``, ``threshold``, ``live_units``, ``live_features``. TensorBoard also
+    gets a text, ``{name}/plan``, and pictures, ``{name}/connectivity``: at the beginning, whenever three quarters of a
+    layer's have gone, and at the end.
 
     Reference:
         Guo, She, Wu, Barbu: Finding deep local optima using network pruning, Algorithm 1.

@@ -228,6 +228,7 @@ class NeuronPruning(ScheduledPruning):
     def _when(self, fit: Fit, budget: Budget) -> str:
         time = "epochs" if isinstance(self._resolved, EpochFraction) else "optimizer steps"
         after = "; what they say on average goes into the biases behind them" if self.compensate == "mean" else ""
+        after += "; the units are normalised" if self.normalize else ""
         return f"{time}: {in_words(self._resolved)}; score: {in_words(self._score)}{after}"
 
     # Watching

@@ -182,6 +182,7 @@ class SETRewiring(SparsityCallback):
         for name, n in self._planted(fit.sparsity, pl_module).items():
             plant_(fit.sparsity, name, n, generator=self._generator, agree=partial(broadcast, trainer))
         fit.budgets = self._find_budgets(fit.sparsity, pl_module)
+        self._note_ways(fit)
         fit.planned = True
         for name in fit.names if self._growth.std == "initial" else ():
             live = fit.sparsity.tensors[name].detach()
@@ -356,7 +357,7 @@ class SETRewiring(SparsityCallback):
         zeta = self.zeta(self._step, _n_steps(fit.trainer)) if isinstance(self.zeta, Decay) else self.zeta
         exchanged = 0
         if zeta == 0:  # a Decay has ended
-            self._gradients, self._last = {}, (zeta, 0)
+            self._gradients, self._last = {}, (float(zeta), 0)
             return
         for name in sorted(fit.names):
             if self._growth.kind != "random" and name not in self._gradients:
@@ -378,7 +379,7 @@ class SETRewiring(SparsityCallback):
                     agree=partial(broadcast, fit.trainer),
                 )
         self._gradients = {}
-        self._last = (zeta, exchanged)
+        self._last = (float(zeta), exchanged)
 
     def _values(self, fit: Fit) -> dict[str, float]:
         zeta, exchanged = self._last

@@ -149,7 +149,7 @@ class TicketRewind(SparsityCallback):
             "targets": None if self.targets is None else dict(self.targets),
             "epochs": self.epochs,
             "levels": self.levels,
-            "rewind_to": self._rewind.to,
+            "rewind_to": repr(self._rewind),
             "controls": list(self.controls),
             "granularity": self.granularity,
             "scope": self.scope,

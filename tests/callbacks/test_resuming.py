@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 
 from lightning_cpna import (
     Annealing,
@@ -58,18 +59,20 @@ def saved(folder: Path, callback: Any) -> Path:
         ("ticket", "targets", {"net.2.weight": 4}),
         ("ticket", "epochs", 2),
         ("ticket", "levels", 3),
-        ("ticket", "rewind_to", "keep"),
+        ("ticket", "rewind_to", Rewind("keep")),
+        ("ticket", "rewind_to", Rewind("init", optimizer=False)),
         ("ticket", "controls", ["shuffle"]),
         ("ticket", "granularity", "feature"),
         ("ticket", "scope", "shared"),
     ],
 )
-def test_other_arguments_are_refused_by_name_before_anything_is_loaded(
+def test_other_arguments_are_refused_by_name_before_masks_are_loaded(
     tmp_path: Path, name: str, argument: str, other: Any
 ) -> None:
     file = saved(tmp_path, make(name))
     module = Classifier()
-    with pytest.raises(ValueError, match=re.escape(f"{name}: {argument} is {other!r}; allowed is what it was when")):
+    shown = repr(other) if isinstance(other, Rewind) else other
+    with pytest.raises(ValueError, match=re.escape(f"{name}: {argument} is {shown!r}; allowed is what it was when")):
         trainer(make(name, **{argument: other})).fit(module, data(), ckpt_path=file)
     assert not sparsity_of(module).masks
 
@@ -103,7 +106,8 @@ def test_a_checkpoint_is_validated_whatever_the_targets_are(tmp_path: Path, name
         ("rewiring", {"zeta": 0.5}, "zeta: 0.3", "zeta: 0.5"),
         ("rewiring", {"every": 2}, "every 4 optimizer steps", "every 2 optimizer steps"),
         ("rewiring", {"growth": Growth("gradient")}, "kind='random'", "kind='gradient'"),
-        ("ticket", {"rewind_to": Rewind("init", optimizer=False)}, "optimizer=True", "optimizer=False"),
+        ("neurons", {"compensate": "mean"}, "seed=0)", "goes into the biases"),
+        ("neurons", {"normalize": True}, "seed=0)", "the units are normalised"),
     ],
 )
 def test_another_way_warns_and_the_same_does_not(
@@ -120,8 +124,32 @@ def test_another_way_warns_and_the_same_does_not(
 
 def test_other_treatment_of_the_moments_warns(tmp_path: Path) -> None:
     file = saved(tmp_path, make("cpna", score=None))
-    with pytest.warns(UserWarning, match=r"are normalised, moments: transform, where the checkpoint's fit had"):
+    with pytest.warns(UserWarning, match=r"are normalised, moments: transform, where the fit before had"):
         trainer(make("cpna", score=None, normalize="transform")).fit(Classifier(), data(), ckpt_path=file)
+
+
+def test_a_zeta_of_numpy_is_resumed(tmp_path: Path) -> None:
+    file = saved(tmp_path, make("rewiring", zeta=np.float64(0.4)))
+    trainer(make("rewiring", zeta=0.4)).fit(Classifier(), data(), ckpt_path=file)
+
+
+class SavesFirst(pl.Callback):
+    """Saves the state of another callback before that one's batch has ended."""
+
+    def __init__(self, other: Any) -> None:
+        self.other, self.states = other, list[dict[str, Any]]()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.states.append(self.other.state_dict())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_first_state_of_a_fit_says_its_ways(name: str) -> None:
+    callback = make(name)
+    saves = SavesFirst(callback)
+    trainer(saves, callback).fit(Classifier(), data())
+    assert saves.states[0]["ways"]
+    assert all(state["ways"] == saves.states[0]["ways"] for state in saves.states)
 
 
 @pytest.mark.parametrize("name", KINDS)
