@@ -169,6 +169,7 @@ def effective_masks(masks: Masks, graph: Graph, targets: Mapping[str, Target]) -
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
         >>> sparsity = Sparsity(net)
         >>> sparsity.graph = trace(net, torch.rand(3, 2))
+        >>> sparsity.add_mask("2.weight")
         >>> sparsity.remove_("0.weight", torch.tensor([[False, False], [True, True]]))
         >>> effective_masks(sparsity.masks, sparsity.graph, sparsity.targets)["2.weight"]
         tensor([[ True, False]])
