@@ -174,21 +174,22 @@ def effective_masks(masks: Masks, graph: Graph, targets: Mapping[str, Target]) -
         >>> effective_masks(sparsity.masks, sparsity.graph, sparsity.targets)["2.weight"]
         tensor([[ True, False]])
     """
-    found = dict[str, Tensor]()
+    found = {  # in the other layers every unit reads every input
+        name: live_mask(masks, targets[name])
+        for name, layer in graph.items()
+        if name in masks or isinstance(layer.axes, ListedAxes)
+    }
     reached, read = dict[str, Tensor](), dict[str, Tensor]()  # (member, unit), (member, input)
     for name, layer in graph.items():
         axes, weight = layer.axes, targets[name].parameter
-        reads_all = name not in masks and not isinstance(axes, ListedAxes)  # every unit every input
-        live = None if reads_all else live_mask(masks, targets[name])
-        n_inputs = len(layer.sources) if live is None else axes.n_inputs(live)
-        inputs = torch.ones(axes.n_members(weight), n_inputs, dtype=torch.bool, device=weight.device)
+        inputs = torch.ones(axes.n_members(weight), len(layer.sources), dtype=torch.bool, device=weight.device)
         for producer in graph.feeding(name):
             inputs = inputs & graph.at_inputs(reached[producer.weight], name, producer.weight, default=True)
-        if live is None:
+        if name in found:
+            axes.view(found[name]).logical_and_(axes.along_inputs(inputs, found[name]))
+            reached[name] = axes.sum_of_units(found[name]) > 0
+        else:
             read[name], reached[name] = inputs, inputs.any(1, keepdim=True).expand(-1, len(layer.units))
-            continue
-        axes.view(live).logical_and_(axes.along_inputs(inputs, live))
-        found[name], reached[name] = live, axes.sum_of_units(live) > 0
     for name, layer in reversed(list(graph.items())):
         units = torch.full_like(reached[name], layer.is_output or layer.lost is not None)
         for reader in graph.fed_by(name):

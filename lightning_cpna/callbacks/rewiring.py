@@ -354,10 +354,10 @@ class SETRewiring(SparsityCallback):
             self._rewire(fit)
 
     def _rewire(self, fit: Fit) -> None:
-        zeta = self.zeta(self._step, _n_steps(fit.trainer)) if isinstance(self.zeta, Decay) else self.zeta
+        zeta = float(self.zeta(self._step, _n_steps(fit.trainer)) if isinstance(self.zeta, Decay) else self.zeta)
         exchanged = 0
         if zeta == 0:  # a Decay has ended
-            self._gradients, self._last = {}, (float(zeta), 0)
+            self._gradients, self._last = {}, (zeta, 0)
             return
         for name in sorted(fit.names):
             if self._growth.kind != "random" and name not in self._gradients:
@@ -379,7 +379,7 @@ class SETRewiring(SparsityCallback):
                     agree=partial(broadcast, fit.trainer),
                 )
         self._gradients = {}
-        self._last = (float(zeta), exchanged)
+        self._last = (zeta, exchanged)
 
     def _values(self, fit: Fit) -> dict[str, float]:
         zeta, exchanged = self._last
