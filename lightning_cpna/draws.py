@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_cpna.cells import cells_of
+from lightning_cpna.cells import distinct
 
 
 def draw_cells(occupied: Tensor, n_cells: int, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -34,10 +33,10 @@ def draw_cells(occupied: Tensor, n_cells: int, n: int, generator: torch.Generato
     if n_free <= 4 * n:
         ranks = torch.randperm(n_free, generator=generator)[:n].sort().values
     else:  # drawing one after another, and again what was drawn before, is uniform
-        ranks = torch.unique(torch.randint(n_free, (n,), generator=generator))
+        ranks = distinct(torch.randint(n_free, (n,), generator=generator))
         while len(ranks) < n:
             more = torch.randint(n_free, (n - len(ranks),), generator=generator)
-            ranks = torch.unique(torch.cat([ranks, more]))
+            ranks = distinct(torch.cat([ranks, more]))
     return free_cells(occupied, ranks.to(occupied.device))
 
 
@@ -53,18 +52,4 @@ def free_cells(occupied: Tensor, ranks: Tensor) -> Tensor:
         tensor([1, 4, 5])
     """
     n_free_before = torch.arange(len(occupied), device=occupied.device).neg_().add_(occupied)
-    before = merging_order(n_free_before, ranks) >= len(occupied)  # which of the merged list are ranks
-    return cells_of(before).sub_(torch.arange(len(ranks), device=ranks.device)).add_(ranks)
-
-
-def merging_order(first: Tensor, second: Tensor) -> Tensor:
-    """Return the order in which two ascending lists, one after the other, are one, int64.
-
-    Examples:
-        >>> merging_order(torch.tensor([1, 5]), torch.tensor([2, 9]))
-        tensor([0, 2, 1, 3])
-    """
-    both = torch.cat([first, second])
-    if not both.is_cpu:
-        return torch.argsort(both, stable=True)
-    return torch.from_numpy(np.argsort(both.numpy(), kind="stable"))  # which sees that there are two ascending runs
+    return torch.searchsorted(n_free_before, ranks, right=True).add_(ranks)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_cpna.cells import cells_of, count_true, fill_cells_, pack, pick, renumbered, unpack
+from lightning_cpna.cells import cells_of, count_true, distinct, fill_cells_, pack, pick, renumbered, unpack
 from lightning_cpna.targets import Axes, ListedAxes
 
 _INTEGERS = {
@@ -278,7 +278,7 @@ class ListMask(Mask):
         gone = cells_of(self.removed)
         gone = gone[~(self.units[axes.units_of(gone, gone)] | self.inputs[axes.inputs_of(gone, gone)])]
         if len(gone):
-            self.cells = torch.unique(torch.cat([self.cells, axes.layer.cells[gone]]))
+            self.cells = distinct(torch.cat([self.cells, axes.layer.cells[gone]]))
         self.dead = self.removed = self.dead.new_zeros(1).expand(self.n_live)
         self._bits = self._live_cells = None
         self.version += 1

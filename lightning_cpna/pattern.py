@@ -148,8 +148,17 @@ def rows_of(starts: Tensor, n: int) -> Tensor:
         >>> rows_of(torch.tensor([0, 2, 2, 3]), 3)
         tensor([0, 0, 2], dtype=torch.int32)
     """
-    numbers = torch.arange(len(starts) - 1, dtype=torch.int32, device=starts.device)
-    return torch.repeat_interleave(numbers, starts.diff(), output_size=n)
+    return of_rows(torch.arange(len(starts) - 1, dtype=torch.int32, device=starts.device), starts, n)
+
+
+def of_rows(values: Tensor, starts: Tensor, n: int) -> Tensor:
+    """Return the value of the row that each of ``n`` connections is in, given one for each row.
+
+    Examples:
+        >>> of_rows(torch.tensor([0.5, 0.6, 0.7]), torch.tensor([0, 2, 2, 3]), 3)
+        tensor([0.5000, 0.5000, 0.7000])
+    """
+    return torch.repeat_interleave(values, starts.diff(), output_size=n)
 
 
 @sparse_matmul.register_fake

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_cpna.cells import cells_of, count_true, put_cells_
+from lightning_cpna.cells import cells_of, count_true, distinct, pick, put_cells_
 from lightning_cpna.draws import draw_cells
 from lightning_cpna.growth import Factors, check_zeta
 from lightning_cpna.mask import ListMask
@@ -58,10 +58,11 @@ def weakest(weights: Tensor, zeta: float, generator: torch.Generator | None = No
         tensor([ True, False,  True, False, False, False])
     """
     weights = weights.detach()
-    if n_bad := len(weights) - count_true(torch.isfinite(weights)):
-        raise ValueError(f"{n_bad} of {len(weights)} weights are not finite; which are the weakest would be arbitrary")
     if not len(weights):
         return torch.zeros(0, dtype=torch.bool, device=weights.device)
+    if not all(math.isfinite(edge) for edge in torch.aminmax(weights)):
+        n_bad = len(weights) - count_true(torch.isfinite(weights))
+        raise ValueError(f"{n_bad} of {len(weights)} weights are not finite; which are the weakest would be arbitrary")
     zeros = cells_of(weights == 0)
     n_zero, n_gone = len(zeros), math.floor(zeta * len(weights) + 1e-9)
     if n_zero > n_gone:
@@ -69,30 +70,27 @@ def weakest(weights: Tensor, zeta: float, generator: torch.Generator | None = No
         rest = 0.0
     else:
         rest = (zeta * len(weights) - n_zero) / max(1, len(weights) - n_zero)
-    gone = torch.zeros(len(weights), dtype=torch.bool, device=weights.device)
-    gone[zeros] = True
     n_negative = count_true(weights < 0)
     n_low = math.floor(rest * n_negative + 1e-9)
     n_high = math.floor(rest * (len(weights) - n_zero - n_negative) + 1e-9)
-    last = len(weights) - 1
-    low, high = _nth(weights, min(last, n_negative - n_low), max(0, n_negative + n_zero + n_high - 1))
-    for n, weak, edge in (
-        (n_low, (weights < 0) & (weights >= low), low),
-        (n_high, (weights > 0) & (weights <= high), high),
-    ):
-        if n:
-            if (n_tied := count_true(weak) - n) > 0:
-                weak[cells_of(weak & (weights == edge))[-n_tied:]] = False
-            gone |= weak
+    low = _nth(weights, n_negative - n_low) if n_low else 0.0
+    high = _nth(weights, n_negative + n_zero + n_high - 1) if n_high else 0.0
+    gone = (weights >= low) & (weights <= high)
+    if count_true(gone) > len(zeros) + n_low + n_high:
+        gone &= weights != 0
+        gone[zeros] = True
+        for n, weak, edge in ((n_low, gone & (weights < 0), low), (n_high, gone & (weights > 0), high)):
+            if n_tied := count_true(weak) - n:
+                gone[cells_of(weak & (weights == edge))[-n_tied:]] = False
     return gone
 
 
-def _nth(values: Tensor, *places: int) -> list[float]:
-    """Return what stands at some places of the sorted values."""
+def _nth(values: Tensor, place: int) -> float:
+    """Return what stands at a place of the sorted values."""
     if not values.is_cpu:
-        return [float(values.kthvalue(place + 1).values) for place in places]
+        return float(values.kthvalue(place + 1).values)
     wide = values.to(torch.promote_types(values.dtype, torch.float32)).numpy()
-    return [float(np.partition(wide, place)[place]) for place in places]  # two at once take longer
+    return float(np.partition(wide, place)[place])
 
 
 @torch.no_grad()
@@ -151,7 +149,7 @@ def rewire_(
         gone = weakest(weights.index_select(0, mask.live_cells) if rests else weights, zeta, generator)
     except ValueError as error:
         raise ValueError(f"rewiring {name!r}: {error}") from error
-    dying = mask.live_cells[gone] if rests else cells_of(gone)
+    dying = pick(mask.live_cells, gone) if rests else cells_of(gone)
     del weights, gone  # at a million neurons every list counts
     if not len(dying):
         return 0
@@ -254,9 +252,9 @@ class _Grid(_Flat):
         self.layer, self.mask = axes.layer, mask
         staying = torch.ones(len(mask.dead), dtype=torch.bool, device=mask.dead.device)
         staying[dying] = False
-        taken = axes.layer.cells[staying]
+        taken = pick(axes.layer.cells, staying)
         if len(mask.cells):
-            taken = torch.unique(torch.cat([taken, mask.cells]))
+            taken = distinct(torch.cat([taken, mask.cells]))
         self.units, self.inputs = cells_of(~mask.units), cells_of(~mask.inputs)
         self.is_whole = len(self.units) == len(mask.units) and len(self.inputs) == len(mask.inputs)
         super().__init__(self._number(taken), len(self.units) * len(self.inputs))

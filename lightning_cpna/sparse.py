@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.overrides import handle_torch_function, has_torch_function
 
-from lightning_cpna.cells import cells_of, count_true, pick, renumbered
-from lightning_cpna.draws import draw_cells, merging_order
+from lightning_cpna.cells import cells_of, count_true, distinct, divided, merging_order, pick, renumbered, stable_order
+from lightning_cpna.draws import draw_cells
 from lightning_cpna.moments import moments_of, replace_, set_tensor_
-from lightning_cpna.pattern import Pattern, rows_of, sparse_matmul
+from lightning_cpna.pattern import Pattern, of_rows, rows_of, sparse_matmul
 from lightning_cpna.targets import Axes, ListedAxes
 from lightning_cpna.topology import n_connections
 
@@ -92,7 +92,7 @@ class SparseLinear(nn.Module):
         n_cells = in_features * out_features
         if replace:
             n_draws = max(1, round(epsilon * (in_features + out_features)))
-            cells = torch.unique(torch.randint(n_cells, (n_draws,), generator=generator))
+            cells = distinct(torch.randint(n_cells, (n_draws,), generator=generator))
         else:
             cells = draw_cells(torch.empty(0, dtype=torch.int64), n_cells, n, generator)
         self.set_cells_(cells)
@@ -220,7 +220,8 @@ class SparseLinear(nn.Module):
     @property
     def cells(self) -> Tensor:
         """``unit * in_features + input`` of each connection, int64 ``(connection,)``, ascending."""
-        return self.units.long().mul_(self.in_features).add_(self.col_indices)
+        firsts = torch.arange(self.out_features, device=self.weight.device) * self.in_features
+        return of_rows(firsts, self.crow_indices, len(self.col_indices)).add_(self.col_indices.long())
 
     @property
     def units(self) -> Tensor:
@@ -244,6 +245,12 @@ class SparseLinear(nn.Module):
         Raises:
             ValueError: If the cells are not ascending, or beyond the layer.
         """
+        self._check_cells(cells)
+        self._set_cells(cells)
+        self._renew_values(len(cells))
+
+    def _check_cells(self, cells: Tensor) -> None:
+        """Refuse cells that are not ascending, or beyond the layer."""
         if len(cells) and not (int(cells[0]) >= 0 and int(cells[-1]) < self.in_features * self.out_features):
             raise ValueError(
                 f"cells reach from {int(cells[0])} to {int(cells[-1])}; allowed is 0 to "
@@ -251,9 +258,11 @@ class SparseLinear(nn.Module):
             )
         if not bool((cells[1:] > cells[:-1]).all()):
             raise ValueError("cells are not ascending; allowed is each connection once, in order")
+
+    def _set_cells(self, cells: Tensor) -> None:
         firsts = torch.arange(self.out_features + 1, device=cells.device) * self.in_features
-        self._set_indices(torch.searchsorted(cells, firsts, out_int32=True), cells.remainder(self.in_features).int())
-        self._renew_values(len(cells))
+        inputs = cells.sub(divided(cells, self.in_features), alpha=self.in_features)
+        self._set_indices(torch.searchsorted(cells, firsts, out_int32=True), inputs.int())
 
     def _renew_values(self, n: int) -> None:
         """Make the values zero, and their gradient none, if there are not as many as before."""
@@ -263,7 +272,7 @@ class SparseLinear(nn.Module):
     def _set_indices(self, crow_indices: Tensor, col_indices: Tensor) -> None:
         self._put("crow_indices", crow_indices)
         self._put("col_indices", col_indices)
-        self._put("order", torch.argsort(self.col_indices, stable=True).int())
+        self._put("order", stable_order(self.col_indices))
         self._put("row_indices", self.units.index_select(0, self.order))
         self._put("ccol_indices", starts(torch.bincount(self.col_indices, minlength=self.in_features)))
 
@@ -340,11 +349,11 @@ class SparseLinear(nn.Module):
             optimizers: Where the moments are.
 
         Raises:
-            ValueError: If not as many come as go, or one that comes is there.
+            ValueError: If not as many come as go, or one that comes is there, or is beyond the layer.
         """
         if len(dying) != len(cells):
             raise ValueError(f"cells has {len(cells)} connections; allowed is as many as die, {len(dying)}")
-        self.set_cells_(self._exchange(dying, cells, values, list(optimizers)))
+        self._set_cells(self._exchange(dying, cells, values, list(optimizers)))
 
     def _exchange(self, dying: Tensor, cells: Tensor, values: Tensor, optimizers: Iterable[Optimizer]) -> Tensor:
         """Put values and moments where they will be; return all cells. What it lists meanwhile is freed when it returns."""
@@ -353,8 +362,7 @@ class SparseLinear(nn.Module):
         kept = pick(self.cells, keep)
         order = merging_order(kept, cells)
         moved = torch.cat([kept, cells]).index_select(0, order)
-        if not bool((moved[1:] > moved[:-1]).all()):
-            raise ValueError("cells: one is there already, or they are not ascending; allowed are others, in order")
+        self._check_cells(moved)
 
         def move(tensor: Tensor, born: Tensor) -> None:
             tensor.copy_(torch.cat([pick(tensor.detach(), keep), born]).index_select(0, order))

@@ -8,7 +8,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_cpna import Masks
-from lightning_cpna.cells import cells_of, count_true, fill_cells_, pack, pick, unpack
+from lightning_cpna.cells import (
+    cells_of,
+    count_true,
+    distinct,
+    fill_cells_,
+    merging_order,
+    pack,
+    pick,
+    stable_order,
+    unpack,
+)
 
 
 @given(bits=st.lists(st.booleans(), max_size=70))
@@ -19,6 +29,25 @@ def test_counting_listing_and_picking_equal_torch_indexing(bits: list[bool]) -> 
         assert torch.equal(cells_of(shaped), shaped.flatten().nonzero().flatten())
     values = torch.arange(len(bits))
     assert torch.equal(pick(values, where), values[where])
+
+
+@given(first=st.lists(st.integers(0, 100)).map(sorted), second=st.lists(st.integers(0, 100)).map(sorted))
+def test_the_merging_order_equals_a_stable_sort(first: list[int], second: list[int]) -> None:
+    both = first + second
+    order = merging_order(torch.tensor(first, dtype=torch.int64), torch.tensor(second, dtype=torch.int64))
+    assert order.tolist() == sorted(range(len(both)), key=lambda i: (both[i], i))
+
+
+@given(keys=st.lists(st.integers(0, 9) | st.integers(0, 2**31 - 1)))
+def test_the_stable_order_equals_pythons(keys: list[int]) -> None:
+    order = stable_order(torch.tensor(keys, dtype=torch.int32))
+    assert order.dtype == torch.int32
+    assert order.tolist() == sorted(range(len(keys)), key=keys.__getitem__)
+
+
+@given(cells=st.lists(st.integers(0, 9) | st.integers(0, 2**62)))
+def test_distinct_cells_equal_a_sorted_set(cells: list[int]) -> None:
+    assert distinct(torch.tensor(cells, dtype=torch.int64)).tolist() == sorted(set(cells))
 
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

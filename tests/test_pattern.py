@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_cpna import SparseLinear, pattern
-from lightning_cpna.draws import draw_cells, free_cells, merging_order
+from lightning_cpna.draws import draw_cells, free_cells
 from lightning_cpna.pattern import Pattern, sampled_matmul, sparse_matmul
 from tests.helpers import on_every_device, p_of_uniform
 
@@ -193,13 +193,6 @@ def test_free_cells_equal_a_loop_over_all_cells(case: tuple[list[int], int, int]
     ranks = data.draw(st.lists(st.integers(0, max(0, len(free) - 1)), max_size=10 if free else 0).map(sorted))
     found = free_cells(torch.tensor(occupied, dtype=torch.int64), torch.tensor(ranks, dtype=torch.int64))
     assert found.tolist() == [free[rank] for rank in ranks]
-
-
-@given(first=st.lists(st.integers(0, 100)).map(sorted), second=st.lists(st.integers(0, 100)).map(sorted))
-def test_the_merging_order_equals_a_stable_sort(first: list[int], second: list[int]) -> None:
-    both = first + second
-    order = merging_order(torch.tensor(first, dtype=torch.int64), torch.tensor(second, dtype=torch.int64))
-    assert order.tolist() == sorted(range(len(both)), key=lambda i: (both[i], i))
 
 
 @pytest.mark.parametrize(("n", "allowed"), [(3, 2), (-1, 2)])

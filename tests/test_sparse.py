@@ -384,8 +384,23 @@ def test_rewiring_a_layer_by_hand() -> None:
     assert weight.grad.tolist() == [0.0, 20.0, 0.0, 40.0]
     assert optimizer.state[weight]["momentum_buffer"].tolist() == [0.0, 6.0, 0.0, 8.0]
     assert_consistent(layer)
-    with pytest.raises(ValueError, match="cells has 1 connections; allowed is as many as die, 2"):
-        layer.rewire_(torch.tensor([0, 2]), torch.tensor([2]), torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ([2], "cells has 1 connections; allowed is as many as die, 2"),
+        ([3, 7], "cells are not ascending; allowed is each connection once, in order"),
+        ([2, 9], "cells reach from 2 to 9; allowed is 0 to 8"),
+        ([-1, 2], "cells reach from -1 to 8; allowed is 0 to 8"),
+    ],
+)
+def test_a_rewiring_that_is_refused_changes_nothing(cells: list[int], message: str) -> None:
+    layer = SparseLinear.from_cells(torch.tensor([1, 3, 4, 8]), torch.tensor([1.0, 2.0, 3.0, 4.0]), None, 3, 3)
+    before = state_of(layer)
+    with pytest.raises(ValueError, match=message):
+        layer.rewire_(torch.tensor([0, 2]), torch.tensor(cells), torch.zeros(len(cells)))
+    assert same(state_of(layer), before)
 
 
 # Layout
