@@ -18,7 +18,7 @@ class Certificate:
     Attributes:
         loss: The lowest mean loss of any try on the held-out examples.
         chance_loss: What it is in the mean if the held-out labels are permuted; infinite where it once is.
-        chance_spread: The standard deviation of that; infinite where the mean is.
+        chance_spread: The standard deviation of that; infinite where the mean is, 0 of a single permutation.
         p_value: How often it is as low then. Where it is above the level, only estimated from the first permutations.
         level: What the p-value must not exceed.
     """
@@ -92,5 +92,5 @@ def certify(losses: Tensor, labels: Tensor, level: float, generator: torch.Gener
         n_drawn += len(orders)
         as_low += int((drawn[-1] <= loss + 1e-12 * abs(loss)).sum())
     chance = torch.cat(drawn)
-    spread = chance.std() if chance.mean().isfinite() else chance.mean()
+    spread = chance.std(correction=min(1, len(chance) - 1)) if chance.mean().isfinite() else chance.mean()
     return Certificate(float(loss), float(chance.mean()), float(spread), (1 + as_low) / (1 + n_drawn), level)

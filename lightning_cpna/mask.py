@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_cpna.cells import cells_of, count_true, distinct, fill_cells_, pack, pick, renumbered, unpack
+from lightning_cpna.cells import cells_of, count_true, fill_cells_, pack, pick, renumbered, unpack
 from lightning_cpna.targets import Axes, ListedAxes
 
 _INTEGERS = {
@@ -135,8 +135,15 @@ class Mask:
 
         Returns:
             The cells that went.
+
+        Raises:
+            ValueError: If the shape is another one.
         """
         cells = self.live_cells
+        if keep.shape != cells.shape:
+            raise ValueError(
+                f"keep has shape {tuple(keep.shape)}; allowed is {tuple(cells.shape)}, one for each live cell"
+            )
         gone, stays = pick(cells, ~keep), pick(cells, keep)
         self._remove(gone, n=len(gone))
         self._live_cells = stays
@@ -206,7 +213,7 @@ class ListMask(Mask):
     Attributes:
         units: The units that are removed for good, bool ``(unit,)``.
         inputs: The inputs that are, bool ``(input,)``.
-        cells: The single connections that are, ``unit * n_inputs + input``, ascending, int64.
+        cells: The single connections that are, ``unit * n_inputs + input``, int64.
     """
 
     def __init__(self, n: int, units: Tensor, inputs: Tensor, cells: Tensor) -> None:
@@ -278,7 +285,7 @@ class ListMask(Mask):
         gone = cells_of(self.removed)
         gone = gone[~(self.units[axes.units_of(gone, gone)] | self.inputs[axes.inputs_of(gone, gone)])]
         if len(gone):
-            self.cells = distinct(torch.cat([self.cells, axes.layer.cells[gone]]))
+            self.cells = torch.cat([self.cells, axes.layer.cells[gone]])
         self.dead = self.removed = self.dead.new_zeros(1).expand(self.n_live)
         self._bits = self._live_cells = None
         self.version += 1

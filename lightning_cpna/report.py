@@ -174,7 +174,7 @@ def effective_masks(masks: Masks, graph: Graph, targets: Mapping[str, Target]) -
         >>> effective_masks(sparsity.masks, sparsity.graph, sparsity.targets)["2.weight"]
         tensor([[ True, False]])
     """
-    found = {  # in the other layers every unit reads every input
+    found = {  # in the others, which are dense, every unit reads every input
         name: live_mask(masks, targets[name])
         for name, layer in graph.items()
         if name in masks or isinstance(layer.axes, ListedAxes)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.overrides import handle_torch_function, has_torch_function
 
-from lightning_cpna.cells import cells_of, count_true, distinct, divided, merging_order, pick, renumbered, stable_order
+from lightning_cpna.cells import cells_of, count_true, distinct, divided, merging_order, renumbered, stable_order
 from lightning_cpna.draws import draw_cells
 from lightning_cpna.moments import moments_of, replace_, set_tensor_
 from lightning_cpna.pattern import Pattern, of_rows, rows_of, sparse_matmul
@@ -256,7 +256,7 @@ class SparseLinear(nn.Module):
                 f"cells reach from {int(cells[0])} to {int(cells[-1])}; allowed is 0 to "
                 f"{self.in_features * self.out_features - 1}"
             )
-        if not bool((cells[1:] > cells[:-1]).all()):
+        if not _is_ascending(cells):
             raise ValueError("cells are not ascending; allowed is each connection once, in order")
 
     def _set_cells(self, cells: Tensor) -> None:
@@ -349,23 +349,26 @@ class SparseLinear(nn.Module):
             optimizers: Where the moments are.
 
         Raises:
-            ValueError: If not as many come as go, or one that comes is there, or is beyond the layer.
+            ValueError: If not as many come as go, they are not ascending, or one is there, or beyond the layer.
         """
         if len(dying) != len(cells):
             raise ValueError(f"cells has {len(cells)} connections; allowed is as many as die, {len(dying)}")
+        self._check_cells(cells)
         self._set_cells(self._exchange(dying, cells, values, list(optimizers)))
 
     def _exchange(self, dying: Tensor, cells: Tensor, values: Tensor, optimizers: Iterable[Optimizer]) -> Tensor:
         """Put values and moments where they will be; return all cells. What it lists meanwhile is freed when it returns."""
         keep = torch.ones(len(self.weight), dtype=torch.bool, device=self.weight.device)
         keep[dying] = False
-        kept = pick(self.cells, keep)
+        staying = cells_of(keep)
+        kept = self.cells.index_select(0, staying)
         order = merging_order(kept, cells)
         moved = torch.cat([kept, cells]).index_select(0, order)
-        self._check_cells(moved)
+        if not _is_ascending(moved):
+            raise ValueError("cells: one of them is there already; allowed are others")
 
         def move(tensor: Tensor, born: Tensor) -> None:
-            tensor.copy_(torch.cat([pick(tensor.detach(), keep), born]).index_select(0, order))
+            tensor.copy_(torch.cat([tensor.detach().index_select(0, staying), born]).index_select(0, order))
 
         zeros = self.weight.new_zeros(len(cells))
         move(self.weight, values.to(zeros))
@@ -439,6 +442,10 @@ class SparseLinear(nn.Module):
         if not ordered or len(weight) != n or (n and not (int(col.min()) >= 0 and int(col.max()) < own[1])):
             return "the file's crow_indices, col_indices and weight do not fit together: the file is damaged"
         return ""
+
+
+def _is_ascending(cells: Tensor) -> bool:
+    return bool((cells[1:] > cells[:-1]).all())
 
 
 def sparse_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:

@@ -89,11 +89,11 @@ def test_a_try_that_excludes_the_wrong_labels_is_certified() -> None:
 
 
 def test_chance_is_infinite_where_one_permutation_is() -> None:
-    labels = torch.tensor([0, 1] * 20)
-    learned = torch.eye(2).logical_not().double()[labels]
-    learned[0, 1] = torch.inf
-    found = certify(learned[None], labels, 0.01, generator())
-    assert found.holds
+    labels = torch.zeros(40, dtype=torch.int64)
+    labels[-1] = 1  # so that one permutation of forty meets what is infinite
+    losses = torch.rand(1, 40, 2, generator=generator(), dtype=torch.float64)
+    losses[0, 0, 1] = torch.inf
+    found = certify(losses, labels, 0.01, generator())
     assert found.chance_loss == found.chance_spread == found.margin == torch.inf
 
 
@@ -114,6 +114,13 @@ def test_few_permutations_at_a_time_say_the_same(monkeypatch: pytest.MonkeyPatch
         n_drawn += 1
         is_lower = lowest(labels[torch.rand(1, 40, generator=draw).argsort(dim=1)[0]]) <= lowest(labels)
     assert certify(noise, labels, 0.01, generator(1)).p_value == pytest.approx(2 / (1 + n_drawn))
+
+
+def test_a_single_permutation_has_no_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(certificate, "MAX_MARKS", 1)
+    labels = torch.tensor([0, 1] * 20)
+    found = certify(torch.ones(1, 40, 2, dtype=torch.float64), labels, 0.01, generator())
+    assert (found.p_value, found.chance_spread, found.margin) == (1.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("level", [0.0, 1.0, 2.0, -0.1])

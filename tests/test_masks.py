@@ -176,6 +176,8 @@ def test_a_mask_of_another_shape_is_refused() -> None:
     masks.add("w", torch.rand(2, 3))
     with pytest.raises(ValueError, match=r"where has shape \(3, 2\); allowed is the parameter's, \(2, 3\)"):
         masks["w"].remove_(torch.zeros(3, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"keep has shape \(5,\); allowed is \(6,\), one for each live cell"):
+        masks["w"].keep_(torch.zeros(5, dtype=torch.bool))
 
 
 def test_a_mask_that_was_applied_on_another_device_can_still_change() -> None:

@@ -136,9 +136,19 @@ def test_a_sparse_layer_without_a_mask_counts_as_the_masked_dense_one() -> None:
         whole = {name: torch.ones_like(net.get_parameter(name)).int().tolist() for name in ("0.weight", "4.weight")}
         masks = masked(net, whole | ({"2.weight": live.int().tolist()} if net is dense else {}))
         found.append(effective_masks(masks, trace(net, torch.rand(5, 2)), all_targets(net)))
+    assert set(found[1]) == {"0.weight", "4.weight"}
     for name, n in {"0.weight": 2, "4.weight": 2}.items():
         assert torch.equal(found[0][name], found[1][name])
         assert int(found[0][name].sum()) == n
+
+
+def test_what_a_layer_feeds_counts_as_read_where_the_trace_does_not_know_it() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    masks = masked(net, {"0.weight": [[1, 1, 0]] * 4, "2.weight": [[0] * 4] * 2})
+    graph = trace(net, torch.rand(5, 3))
+    assert graph["0.weight"].lost is not None
+    found = effective_masks(masks, graph, all_targets(net))
+    assert {name: int(mask.sum()) for name, mask in found.items()} == {"0.weight": 8, "2.weight": 0}
 
 
 class Joined(nn.Module):

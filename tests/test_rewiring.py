@@ -175,6 +175,11 @@ def test_a_fraction_that_gives_a_whole_number_gives_that_number(n: int, zeta: fl
         assert int(weakest(weights, zeta).sum()) == expected
 
 
+def test_of_tied_weights_the_first_go() -> None:
+    weights = torch.tensor([0.1, 0.5, 0.5, -0.2, 0.5, -0.4, -0.4, -0.4])
+    assert weakest(weights, 0.5).tolist() == [True, True, False, True, False, True, False, False]
+
+
 def test_of_too_many_zeros_every_one_goes_as_often() -> None:
     weights = torch.tensor([0.0, 1.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 2.0, 0.0])
     generator = torch.Generator().manual_seed(0)

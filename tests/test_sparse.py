@@ -390,9 +390,11 @@ def test_rewiring_a_layer_by_hand() -> None:
     ("cells", "message"),
     [
         ([2], "cells has 1 connections; allowed is as many as die, 2"),
-        ([3, 7], "cells are not ascending; allowed is each connection once, in order"),
+        ([3, 7], "cells: one of them is there already; allowed are others"),
+        ([7, 2], "cells are not ascending; allowed is each connection once, in order"),
+        ([7, 7], "cells are not ascending; allowed is each connection once, in order"),
         ([2, 9], "cells reach from 2 to 9; allowed is 0 to 8"),
-        ([-1, 2], "cells reach from -1 to 8; allowed is 0 to 8"),
+        ([-1, 2], "cells reach from -1 to 2; allowed is 0 to 8"),
     ],
 )
 def test_a_rewiring_that_is_refused_changes_nothing(cells: list[int], message: str) -> None:

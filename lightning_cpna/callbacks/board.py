@@ -59,8 +59,12 @@ def in_words(rule: object) -> str:
         'max'
         >>> in_words(partial(in_words, rule=3))
         'functools.partial(<function in_words>, rule=3)'
+        >>> import numpy as np
+        >>> in_words(("mu", np.float64(3.5)))
+        "('mu', 3.5)"
     """
-    return re.sub(" at 0x[0-9a-f]+", "", str(getattr(rule, "__qualname__", repr(rule))))
+    words = re.sub(" at 0x[0-9a-f]+", "", str(getattr(rule, "__qualname__", repr(rule))))
+    return re.sub(r"np\.\w+\(([^()]*)\)", r"\1", words)
 
 
 def log_text(loggers: Iterable[Any], tag: str, text: str, step: int) -> None:

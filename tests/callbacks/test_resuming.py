@@ -130,7 +130,9 @@ def test_other_treatment_of_the_moments_warns(tmp_path: Path) -> None:
 
 def test_a_zeta_of_numpy_is_resumed(tmp_path: Path) -> None:
     file = saved(tmp_path, make("rewiring", zeta=np.float64(0.4)))
-    trainer(make("rewiring", zeta=0.4)).fit(Classifier(), data(), ckpt_path=file)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "rewiring: .* goes on by")
+        trainer(make("rewiring", zeta=0.4)).fit(Classifier(), data(), ckpt_path=file)
 
 
 class SavesFirst(pl.Callback):
