@@ -19,7 +19,7 @@ from lightning_cpna.masks import Masks, infer_masks
 from lightning_cpna.member_batches import member_loader
 from lightning_cpna.observe import mean_replacement_penalties, observe
 from lightning_cpna.plots import Connectivity, connectivity, plot_connectivity, plot_schedule, plot_tickets
-from lightning_cpna.report import LayerReport, SparsityReport
+from lightning_cpna.report import BudgetReport, LayerReport, SparsityReport
 from lightning_cpna.rescale import rescale_
 from lightning_cpna.rewiring import plant_, rewire_
 from lightning_cpna.schedules import Annealing, Cubic, EpochFraction, Geometric, Linear, OneShot, Schedule
@@ -43,6 +43,7 @@ __all__ = [
     "Annealing",
     "Axes",
     "Budget",
+    "BudgetReport",
     "CPNAPruning",
     "Certificate",
     "Compacted",

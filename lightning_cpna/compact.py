@@ -72,12 +72,13 @@ class Compacted:
         (folder / "widths.json").write_text(json.dumps(widths, indent=1) + "\n")
 
     def __str__(self) -> str:
+        is_smaller = self.after.parameters < self.before.parameters
         lines = [
             f"parameters {self.before.parameters:,} -> {self.after.parameters:,}",
             f"MACs per example {self.before.macs:,} -> {self.after.macs:,}",
             *(
-                f"latency at batch {size}: {1e3 * old:.3g} -> {1e3 * self.after.latency[size]:.3g} ms "
-                f"({old / self.after.latency[size]:.1f} times as fast)"
+                f"latency at batch {size}: {1e3 * old:.3g} -> {1e3 * self.after.latency[size]:.3g} ms"
+                + (f" ({old / self.after.latency[size]:.1f} times as fast)" if is_smaller else "")
                 for size, old in self.before.latency.items()
             ),
             *(f"units removed of {name}: {n}" for name, n in self.removed.items()),
@@ -108,7 +109,8 @@ def compact(
         The compact network and what was done.
 
     Raises:
-        ValueError: If the example is no tensor or tuple of tensors, or the module is being shrunk by a running fit.
+        ValueError: If the example is no tensor or tuple of tensors that the module takes, or the module is being shrunk by a
+            running fit.
 
     Examples:
         >>> net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -134,7 +136,13 @@ def compact(
         )
     modes = {name: part.training for name, part in original.named_modules()}
     with evaluating(original):
-        work = _Work(copy.deepcopy(original).eval(), inputs)
+        try:
+            work = _Work(copy.deepcopy(original).eval(), inputs)
+        except RuntimeError as error:
+            shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+            raise ValueError(
+                f"example has shape {shapes}, on which the module fails, copied to float64: {reason(error)}"
+            ) from error
         work.cut_units()
         work.drop_zeros()
         features = work.cut_features()

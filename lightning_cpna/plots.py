@@ -168,7 +168,7 @@ def plot_connectivity(result: Connectivity, feature_names: Iterable[str] | None 
                 rotation=90 if len(used[0]) > 30 else 0,
             )
     titles = [result.inputs, *(f"units of {name}" for name, *_ in result.layers)]
-    labels = [f"{t}\n{len(row)} of {n}" for t, row, n in zip(titles, used, result.sizes, strict=True)]
+    labels = [f"{t}\n{len(row)} of {n} connected" for t, row, n in zip(titles, used, result.sizes, strict=True)]
     axes.set_yticks(range(len(labels)), labels)
     axes.set(xlim=(0, 1), ylim=(-0.35, len(labels) - 0.8), xticks=[])
     counts = " + ".join(f"{len(weight):,}" for *_, weight in result.layers)

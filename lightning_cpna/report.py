@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,14 +51,33 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class BudgetReport:
+    """What remains of what a callback counts.
+
+    Attributes:
+        label: A parameter's name, or the pattern of a budget that layers share.
+        granularity: What is counted: "connection", "feature" or "unit".
+        remaining: How many there are (of the member of a stacked network with the most).
+        target: How many should remain.
+    """
+
+    label: str
+    granularity: str
+    remaining: int
+    target: int
+
+
+@dataclass(frozen=True)
 class SparsityReport:
     """What is alive in the masked parameters of a module.
 
     Attributes:
         layers: One report a masked parameter, in the order in which the masks were made.
+        budgets: One for everything that the last fit's callbacks count down.
     """
 
     layers: tuple[LayerReport, ...]
+    budgets: tuple[BudgetReport, ...] = ()
 
     @property
     def connections(self) -> int:
@@ -84,6 +103,7 @@ class SparsityReport:
         """
         return {
             "layers": {layer.name: {**dataclasses.asdict(layer), "density": layer.density} for layer in self.layers},
+            "budgets": [dataclasses.asdict(budget) for budget in self.budgets],
             "totals": {"connections": self.connections, "size": self.size, "density": self.density},
         }
 
@@ -92,6 +112,12 @@ class SparsityReport:
         table = Table(title="What is alive")
         if not self.layers:
             table.caption = "no masks are known for this module; infer_masks reads them off its zeros"
+        names = {layer.name for layer in self.layers}
+        others = [it for it in self.budgets if it.granularity != "connection" or it.label not in names]
+        if others:
+            table.caption = "\n".join(
+                f"{it.label}: {it.remaining:,} {it.granularity}s, target {it.target:,}" for it in others
+            )
         table.add_column("parameter")
         for title in ("connections", "effective", "target", "density", "live units", "live features"):
             table.add_column(title, justify="right")
@@ -213,7 +239,7 @@ def sparsity_report(
     masks: Masks,
     targets: Mapping[str, Target],
     graph: Graph | None = None,
-    wanted: Mapping[str, int] | None = None,
+    budgets: Sequence[BudgetReport] = (),
 ) -> SparsityReport:
     """Count what is alive.
 
@@ -221,7 +247,7 @@ def sparsity_report(
         masks: The masks of a module.
         targets: Its parameters, from ``targets.all_targets``.
         graph: Its traced layers; without them units count as live by their incoming connections alone.
-        wanted: How many should remain, by parameter name.
+        budgets: What should remain.
 
     Examples:
         >>> from lightning_cpna.targets import all_targets
@@ -234,6 +260,7 @@ def sparsity_report(
         (1, 1, 1)
     """
     layers = []
+    wanted = {budget.label: budget.target for budget in budgets if budget.granularity == "connection"}
     effective = {} if graph is None else effective_masks(masks, graph, targets)
     for name, mask in masks.items():
         axes = targets[name].axes
@@ -244,7 +271,7 @@ def sparsity_report(
                 name=name,
                 connections=mask.n_live,
                 size=axes.size(mask.dead),
-                target=(wanted or {}).get(name),
+                target=wanted.get(name),
                 live_units=int(units.sum()),
                 units=units.numel(),
                 live_features=int(features.sum()),
@@ -252,4 +279,4 @@ def sparsity_report(
                 effective=int(effective[name].sum()) if name in effective else None,
             )
         )
-    return SparsityReport(tuple(layers))
+    return SparsityReport(tuple(layers), tuple(budgets))

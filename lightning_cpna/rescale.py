@@ -50,7 +50,7 @@ def _ways_out(graph: Graph, name: str) -> str:
     """Name what needs no rescaling and works for this weight."""
     if name not in graph or not graph.feeding(name):
         return "use normalize=False (CPA) with score='magnitude', which needs neither rescaling nor a trace"
-    return "use normalize=False (CPA); score='magnitude' and score='normalized' need no rescaling"
+    return "use normalize=False (CPA), or score='normalized', which needs no rescaling"
 
 
 @torch.no_grad()

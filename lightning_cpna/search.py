@@ -165,9 +165,10 @@ def find_features(
         Data Learning, Algorithm 1.
     """
     restarts = restarts or Restarts()
-    x, y = _tensor(x), _tensor(y)
+    columns = list(getattr(x, "columns", ())) or None
+    x, y = _tensor("x", x), _tensor("y", y)
     counts = _counts(n_features)
-    _check(network, trainer, x, y, counts, seed)
+    _check(network, trainer, x, y, counts, seed, columns)
     subsets = _subsets(restarts.subset, x.shape[1], counts[0])
     first = _seeded(0, partial(network, subsets[0]))
     dtype = next(first.parameters()).dtype
@@ -448,12 +449,20 @@ def _counts(n_features: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(counts, reverse=True))
 
 
-def _tensor(values: Any) -> Tensor:
-    tensor = values if isinstance(values, Tensor) else torch.tensor(np.asarray(values))
-    return tensor.detach().cpu()
+def _tensor(argument: str, values: Any) -> Tensor:
+    if isinstance(values, Tensor):
+        return values.detach().cpu()
+    array = np.asarray(values)
+    if array.dtype.kind not in "bfiu":
+        others = [name for name in getattr(values, "columns", ()) if values[name].dtype.kind not in "fiu"]
+        where = f" in columns {others[:10]}" if others else ""
+        raise ValueError(f"{argument} holds {array.dtype}{where}; allowed are numbers")
+    return torch.tensor(array)
 
 
-def _check(network: Any, trainer: Any, x: Tensor, y: Tensor, counts: Sequence[int], seed: int) -> None:
+def _check(
+    network: Any, trainer: Any, x: Tensor, y: Tensor, counts: Sequence[int], seed: int, names: list[Any] | None
+) -> None:
     if isinstance(network, nn.Module) or not callable(network):
         raise ValueError(
             f"network is a {type(network).__name__}; allowed is a class or function of the number of features"
@@ -465,12 +474,15 @@ def _check(network: Any, trainer: Any, x: Tensor, y: Tensor, counts: Sequence[in
         raise ValueError(f"trainer: {given[0]} is given, which the search says itself; allowed are other arguments")
     if x.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"x has shape {tuple(x.shape)} and type {x.dtype}; allowed are floats, (n, p)")
+    if y.dtype == torch.bool:
+        raise ValueError("y has type torch.bool; allowed are ints or floats, whichever the network's loss takes")
     if y.ndim < 1 or len(y) != len(x):
         raise ValueError(f"y has shape {tuple(y.shape)}; allowed is one label for each of the {len(x)} rows of x")
     if len(x) < 4:
         raise ValueError(f"x has {len(x)} rows; allowed is 4 or more, of which some are held out")
     if not x.isfinite().all():
-        columns = (~x.isfinite().all(dim=0)).nonzero().flatten().tolist()
+        places = (~x.isfinite().all(dim=0)).nonzero().flatten().tolist()
+        columns = places if names is None else [names[place] for place in places]
         raise ValueError(f"x has values that are not finite in columns {columns[:10]}; allowed are numbers")
     if not all(1 <= count < x.shape[1] for count in counts):
         raise ValueError(f"n_features is {list(counts)}; allowed are 1 to {x.shape[1] - 1}, fewer than x has columns")

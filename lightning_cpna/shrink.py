@@ -112,7 +112,10 @@ class Shrinking:
     def _refuse(self, name: str, why: str) -> None:
         if why:
             self._refused.add(name)
-            warnings.warn(f"shrink: {name} stays as large as it is: {why}", stacklevel=2)
+            warnings.warn(
+                f"shrink: {name} stays as large as it is while the fit goes on: {why}; compact cuts what it can",
+                stacklevel=2,
+            )
 
     def _cut_all(self, rows: dict[str, Tensor], unread: dict[str, Tensor]) -> str:
         """Cut units and features; undo it and return why, if the network does not allow it."""

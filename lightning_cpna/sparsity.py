@@ -19,7 +19,7 @@ from lightning_cpna.mask import Kept, ListMask, Mask
 from lightning_cpna.masks import Masks
 from lightning_cpna.moments import zero_
 from lightning_cpna.replay import Calls
-from lightning_cpna.report import SparsityReport, may_feed, sparsity_report
+from lightning_cpna.report import BudgetReport, SparsityReport, may_feed, sparsity_report
 from lightning_cpna.scores import Granularity, Score, ScoreFunction, ScoreInputs
 from lightning_cpna.selection import keep_top_rows
 from lightning_cpna.targets import Axes, ListedAxes, Target, all_targets, n_keep, resolve
@@ -148,11 +148,16 @@ class Sparsity:
             scope: "layer": every parameter that a pattern matches gets its own budget. "shared": they share one.
 
         Raises:
-            ValueError: If a pattern matches nothing, or more should remain than there are.
+            ValueError: If a pattern matches nothing, or a bias beside weights, or more should remain than there are.
         """
         budgets = []
         for pattern, targets in resolve(module, wanted).items():
             for target in targets:
+                if target.axes.input is None and target.name != pattern:
+                    raise ValueError(
+                        f"targets: {pattern!r} matches {target.name!r} too, which is no weight of a layer, but a bias or the "
+                        "scale of a normalisation; allowed are globs of layers' weights, and such a one by its own name"
+                    )
                 if granularity == "feature" and target.axes.input is None:
                     raise ValueError(f"granularity='feature': {target.name!r} has no input axis; allowed are weights")
                 if granularity == "feature" and target.axes.groups > 1:
@@ -531,15 +536,14 @@ class Sparsity:
         """Count what is alive in every masked parameter, in its full shape."""
         for name in self.masks:
             self.add_mask(name)
-        own = [b for b in self.budgets if len(b.names) == 1 and b.granularity == "connection"]
-        wanted = {budget.names[0]: budget.n_end for budget in own}
+        budgets = [BudgetReport(b.label, b.granularity, self.n_remaining(b), b.n_end) for b in self.budgets]
         targets, graph = dict(self.targets), self.full_graph or self.graph
         for name, kept in self.kept.items():
             if isinstance(axes := targets[name].axes, ListedAxes) and kept.columns is not None:
                 targets[name] = replace(targets[name], axes=axes.spread(kept.rows, kept.columns, kept.shape))
         if graph is not None and self.kept:
             graph = graph.with_axes({name: target.axes for name, target in targets.items()})
-        return sparsity_report(self.masks.full(self.kept), targets, graph, wanted)
+        return sparsity_report(self.masks.full(self.kept), targets, graph, budgets)
 
     def size(self, name: str) -> int:
         """Return the number of a parameter's connections, in its full shape."""

@@ -377,10 +377,20 @@ def test_a_network_in_which_nothing_is_dead_has_nothing_left() -> None:
     assert compact(layer, torch.randn(2, 3, 8), batch_sizes=()).left == {}
 
 
+def test_a_network_that_is_as_large_as_before_is_not_called_faster() -> None:
+    net = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2))
+    assert "times as fast" not in str(compact(net, torch.randn(5, 6), batch_sizes=(1,)))
+    net.get_parameter("2.weight").data[:, 1:] = 0
+    assert "times as fast" in str(compact(net, torch.randn(5, 6), batch_sizes=(1,)))
+
+
 def test_bad_examples_and_larger_files_are_refused_by_name(tmp_path: Path) -> None:
     net, x, _ = mlp()
     with pytest.raises(ValueError, match="example is a list; allowed is a tensor, or a tuple of tensors"):
         compact(net, [x])  # type: ignore[arg-type]
+    message = r"example has shape \(5, 7\), on which the module fails, copied to float64: RuntimeError: mat1 and mat2"
+    with pytest.raises(ValueError, match=message):
+        compact(net, torch.rand(5, 7))
     with pytest.raises(ValueError, match="module is a OrderedDict; allowed is"):
         compact(net.state_dict(), x)  # type: ignore[arg-type]
     compact(net, x, batch_sizes=()).save(tmp_path)

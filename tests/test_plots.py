@@ -234,7 +234,11 @@ def test_removed_connections_and_unused_features_are_not_drawn() -> None:
     assert [len(collection.get_segments()) for collection in lines(figure)] == [2, 3]
     assert [text.get_text() for text in figure.axes[0].texts] == ["x", "y"]
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert labels == ["features\n2 of 3", "units of 0.weight\n3 of 4", "units of 2.weight\n2 of 2"]
+    assert labels == [
+        "features\n2 of 3 connected",
+        "units of 0.weight\n3 of 4 connected",
+        "units of 2.weight\n2 of 2 connected",
+    ]
 
 
 @pytest.mark.parametrize("make", [list, tuple, np.array, iter])

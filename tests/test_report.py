@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_cpna import Axes, Graph, LayerReport, Masks, SparseLinear, SparsityReport, trace
+from lightning_cpna import Axes, BudgetReport, Graph, LayerReport, Masks, SparseLinear, Sparsity, SparsityReport, trace
 from lightning_cpna.graph import Layer
 from lightning_cpna.report import effective_masks, feeds_something, live_mask, live_units, sparsity_report
 from lightning_cpna.targets import Target, all_targets
@@ -50,9 +50,8 @@ def traced() -> tuple[nn.Sequential, Graph]:
 
 def test_counts_equal_those_of_a_hand_drawn_network() -> None:
     net, graph = traced()
-    report = sparsity_report(
-        masked(net, {"0.weight": FIRST, "2.weight": LAST}), all_targets(net), graph, {"2.weight": 4}
-    )
+    budgets = [BudgetReport("2.weight", "connection", 4, 4), BudgetReport("*.weight", "unit", 5, 5)]
+    report = sparsity_report(masked(net, {"0.weight": FIRST, "2.weight": LAST}), all_targets(net), graph, budgets)
     # Units 0 and 4 have both sides; unit 1 has no input, units 2 and 3 no output.
     assert report.layers == (
         LayerReport("0.weight", 5, 20, None, live_units=2, units=5, live_features=2, features=4, effective=3),
@@ -60,6 +59,24 @@ def test_counts_equal_those_of_a_hand_drawn_network() -> None:
     )
     assert [layer.density for layer in report.layers] == [5 / 20, 4 / 10]
     assert (report.connections, report.size, report.density) == (9, 30, 9 / 30)
+
+
+def test_the_report_says_what_should_remain_of_every_budget() -> None:
+    net = mlp()
+    sparsity = Sparsity(net)
+    sparsity.add_budgets(net, {"2.weight": 4})
+    sparsity.add_budgets(net, {"0.weight": 2}, "feature")
+    sparsity.add_budgets(net, {"*.weight": 0.3}, scope="shared")
+    report = sparsity.report()
+    assert [layer.target for layer in report.layers] == [4, None]
+    assert report.as_dict()["budgets"] == [
+        {"label": "2.weight", "granularity": "connection", "remaining": 10, "target": 4},
+        {"label": "0.weight", "granularity": "feature", "remaining": 4, "target": 2},
+        {"label": "*.weight", "granularity": "connection", "remaining": 30, "target": 9},
+    ]
+    assert "0.weight: 4 features, target 2" in str(report)
+    assert "*.weight: 30 connections, target 9" in str(report)
+    assert "2.weight: " not in str(report)
 
 
 def test_without_a_trace_units_live_by_their_inputs_alone() -> None:
@@ -331,6 +348,7 @@ def test_the_report_as_primitives_is_literal_and_json() -> None:
                 "density": 31 / 128,
             },
         },
+        "budgets": [],
         "totals": {"connections": 1265, "size": 98893, "density": 1265 / 98893},
     }
     assert json.loads(json.dumps(REPORT.as_dict())) == REPORT.as_dict()

@@ -25,6 +25,7 @@ from lightning_cpna.member_batches import mixed_seed
 from lightning_cpna.search import _Examples, _first_weight
 from tests.helpers import on_every_device
 
+pd = pytest.importorskip("pandas", reason="the extra 'sweeps' is not installed")
 P, N = 12, 400
 QUICK = Restarts(8, 8, together=4, pretraining=6, annealing=12, refit=8, batch_size=80)
 ONCE = Restarts(1, 8, together=1, pretraining=1, annealing=4, refit=1)
@@ -64,8 +65,8 @@ def xor(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def search(
-    x: Tensor,
-    y: Tensor,
+    x: Any,
+    y: Any,
     n_features: Any = 2,
     restarts: Restarts = QUICK,
     network: Callable[[int], Any] = Net,
@@ -334,6 +335,16 @@ WRONG: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
     "x": (lambda x, y: search(x[0], y), r"x has shape \(12,\)"),
     "integers": (lambda x, y: search(x.long(), y), r"x has shape .* torch.int64; allowed are floats"),
     "not finite": (lambda x, y: search(x.log(), y), r"x has values that are not finite in columns \[0, 1, 2"),
+    "not finite, in a table": (
+        lambda x, y: search(pd.DataFrame(x.numpy()).assign(age=torch.nan), y),
+        r"x has values that are not finite in columns \['age'\]",
+    ),
+    "texts": (
+        lambda x, y: search(pd.DataFrame(x.numpy()).assign(job="cook"), y),
+        r"x holds object in columns \['job'\]; allowed are numbers",
+    ),
+    "labels that are texts": (lambda x, y: search(x, ["no", "yes"] * 200), "y holds <U3; allowed are numbers"),
+    "labels that are bools": (lambda x, y: search(x, y > 0), "y has type torch.bool; allowed are ints or floats"),
     "a network": (lambda x, y: search(x, y, network=Net(8)), "network is a Net; allowed is a class or function"),
     "a Trainer": (lambda x, y: search(x, y, trainer=TRAINER()), "trainer is a Trainer; allowed is the class"),
     "epochs": (lambda x, y: search(x, y, trainer=partial(TRAINER, max_epochs=3)), "trainer: max_epochs is given"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -304,6 +304,13 @@ class SparsityCallback(Callback):
             sparsity.masks.apply_(sparsity.tensors)
         pictures = ConnectivityPictures(f"{self.name}/connectivity")
         self._fit = Fit(trainer, pl_module, sparsity, self._find_budgets(sparsity, pl_module), leads, pictures)
+        for budget in () if self._restored else self._fit.budgets:
+            if (n := sparsity.n_remaining(budget)) < budget.n_end:
+                warnings.warn(
+                    f"{self.name}: only {n} of {budget.label!r} are left, where {budget.n_end} should remain; what an "
+                    "earlier fit removed does not come back",
+                    stacklevel=2,
+                )
         for name in self._fit.names:
             n_zeros = int((sparsity.tensors[name] == 0).sum())
             mask = sparsity.masks[name]
@@ -429,18 +436,30 @@ class SparsityCallback(Callback):
         # Lightning's log takes about a millisecond a value, so values are logged when they are wanted, or are news.
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         at_target = self._at_target(fit)
-        if at_target != fit.logged_at_target or (every and trainer.global_step % every == 0):
-            fit.logged_at_target = at_target
-            values = {f"{self.name}/{key}": float(value) for key, value in self._values(fit).items()}
-            pl_module.log_dict(values)
-            self._draw(fit)
-        elif not trainer.is_last_batch:
+        is_news, is_due = at_target != fit.logged_at_target, bool(every) and trainer.global_step % every == 0
+        if not (is_news or is_due or trainer.is_last_batch):
             return
+        values = self._totals(fit)
+        if is_news or is_due:
+            fit.logged_at_target = at_target
+            values |= self._prefixed(self._values(fit))
+            self._draw(fit)
+        connections = f"{self.name}/connections"
+        pl_module.log(connections, values[connections], prog_bar=True)
+        pl_module.log_dict({key: value for key, value in values.items() if key != connections})
+        n_before: int = trainer.fit_loop.epoch_loop._batches_that_stepped  # the axis of the loggers
+        if every and (n_before + 1) % every:  # Lightning gives its loggers nothing then
+            _give_loggers(trainer, values, n_before)
+
+    def _totals(self, fit: Fit) -> dict[str, float]:
+        """Count what lives in all of this callback's layers, for the log."""
         names = fit.names or list(fit.sparsity.masks)
-        live = [fit.sparsity.masks[name].n_live for name in names]
+        live = sum(fit.sparsity.masks[name].n_live for name in names)
         size = sum(fit.sparsity.size(name) for name in names)
-        pl_module.log(f"{self.name}/connections", float(sum(live)), prog_bar=True)
-        pl_module.log_dict({f"{self.name}/density": sum(live) / size, f"{self.name}/at_target": float(at_target)})
+        return self._prefixed({"connections": live, "density": live / size, "at_target": self._at_target(fit)})
+
+    def _prefixed(self, values: Mapping[str, float]) -> dict[str, float]:
+        return {f"{self.name}/{key}": float(value) for key, value in values.items()}
 
     def _see(self, fit: Fit) -> None:
         """Look at what ran in this batch, and plan once the targets did."""
@@ -554,10 +573,13 @@ class SparsityCallback(Callback):
         return sparsity_of(pl_module).report()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the connectivity, say so if a count was not reached, and let go of the optimizers."""
+        """Log the last values, draw the connectivity, say so if a count was not reached, and let go of the optimizers."""
         fit = self._running()
         self._note_graph(fit)
         fit.restore()
+        if trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            values = self._totals(fit) | self._prefixed(self._values(fit))
+            _give_loggers(trainer, values, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
         self._draw(fit, last=True)
         for budget in fit.budgets:
             if (n := fit.sparsity.n_remaining(budget)) > budget.n_end:
@@ -601,6 +623,11 @@ def in_full_shapes(trainer: Trainer) -> Iterator[None]:
     yield
     if shrinks:
         fit.shrinking, fit.live_at_cut = Shrinking(fit.module, fit.sparsity, fit.optimizers), 0
+
+
+def _give_loggers(trainer: Trainer, values: dict[str, float], step: int) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=step)
 
 
 def ours(trainer: Trainer) -> list[SparsityCallback]:

@@ -118,7 +118,7 @@ class CPNAPruning(ScheduledPruning):
         check_choice("normalize", normalize, (True, False, "transform", "reset", None))
         check_targets(targets)
         if not isinstance(score, str):
-            check_function("score", score, 1)
+            check_function("score", score, 1, "Score")
         if isinstance(score, UnitScore):
             raise ValueError(f"score is {score}; allowed is the name of a connection's score, a Score or a function")
         if isinstance(schedule, EpochFraction):

@@ -109,7 +109,7 @@ class NeuronPruning(ScheduledPruning):
         if isinstance(schedule, EpochFraction) and normalize:
             raise ValueError("normalize is True; allowed with an EpochFraction, which acts between epochs, is False")
         if not isinstance(score, str):
-            check_function("score", score, 1)
+            check_function("score", score, 1, "UnitScore")
         if isinstance(score, Score):
             raise ValueError(f"score is {score}; allowed is the name of a unit's score, a UnitScore or a function")
         self.targets = targets

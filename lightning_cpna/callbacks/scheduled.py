@@ -26,7 +26,7 @@ class ScheduledPruning(SparsityCallback):
     """
 
     def __init__(self, schedule: Schedule | ScheduleFunction | None, seed: int, name: str, shrink: bool) -> None:
-        check_function("schedule", schedule, 3)
+        check_function("schedule", schedule, 3, "Annealing, Cubic, Geometric, Linear or OneShot")
         self.schedule = schedule
         self._seed = seed
         self._generator = torch.Generator()
@@ -111,12 +111,12 @@ def check_choice(argument: str, value: object, allowed: tuple[object, ...]) -> N
         raise ValueError(f"{argument} is {value!r}; allowed is one of {', '.join(map(repr, allowed))}")
 
 
-def check_function(argument: str, value: object, n_arguments: int) -> None:
-    """Raise if a value is neither None nor a function of so many arguments."""
+def check_function(argument: str, value: object, n_arguments: int, ours: str) -> None:
+    """Raise if a value is neither None, nor of one of our classes, nor a function of so many arguments."""
     if value is None:
         return
     if isinstance(value, type) or not callable(value):
-        raise ValueError(f"{argument} is {value!r}; allowed is an instance of one of our classes, or a function")
+        raise ValueError(f"{argument} is {value!r}; allowed is an instance of {ours}, or a function")
     try:
         signature = inspect.signature(value)
     except ValueError:  # a function written in C, which does not tell

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.classification import binary_auroc
@@ -299,7 +300,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"normalize": "yes"}, "normalize is 'yes'; allowed"),
     ({"score": "hessian"}, "score is 'hessian'; allowed is one of magnitude, normalized"),
     ({"name": ""}, "name is ''"),
-    ({"schedule": "linear"}, "schedule is 'linear'; allowed is an instance of one of our classes, or a function"),
+    ({"schedule": "linear"}, "schedule is 'linear'; allowed is an instance of Annealing, .*, or a function"),
     ({"schedule": Linear}, "schedule is <class .*Linear'>; allowed is an instance"),
     ({"schedule": lambda step, n_start: 1}, r"schedule is .*; allowed is a function of 3 argument\(s\)"),
     ({"score": lambda: 1}, r"score is .*; allowed is a function of 1 argument\(s\)"),
@@ -319,6 +320,7 @@ REFUSED_AT_START: list[tuple[CPNAPruning, str]] = [
     (CPNAPruning({"net.2.weight": 17}), "17 should remain of 'net.2.weight', which has 16"),
     (CPNAPruning({"net.*.weight": 1}, scope="shared"), "2 layers keep one each"),
     (CPNAPruning({"net.*": 5, "net.2.weight": 4}), r"'net.2.weight' is matched by both"),
+    (CPNAPruning({"net.*": 5}, normalize=False), "'net.*' matches 'net.0.bias' too, which is no weight of a layer"),
     (
         CPNAPruning({"net.0.weight": 5}, normalize=True),
         "'net.0.weight': it reads the input of the network; use normalize=False",
@@ -432,6 +434,34 @@ def test_connections_are_logged_as_they_are_at_the_end_of_every_epoch_whatever_t
     )
     live = [schedule.n_remaining(4 * epoch, 16, 4) for epoch in range(1, 6)]
     assert seen == [[n, n / 16, float(n == 4)] for n in live]
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"), [(50, [1, 4, 8, 10, 12, 16, 18]), (7, [1, 4, 7, 8, 10, 12, 14, 16, 18]), (0, [])]
+)
+def test_loggers_get_counts_at_the_target_and_at_the_ends_of_epochs_and_fit_whatever_the_logging_interval(
+    tmp_path: Path, every: int, steps: list[int]
+) -> None:
+    schedule, logger = Linear(0, 10), CSVLogger(tmp_path)
+    callback = CPNAPruning({"net.2.weight": 4}, schedule=schedule)
+    trainer(callback, logger=logger, log_every_n_steps=every, max_steps=18).fit(Classifier(), data())
+    file = Path(logger.log_dir) / "metrics.csv"
+    rows = list(csv.DictReader(file.open())) if file.exists() else []
+    seen = {int(row["step"]) + 1: row for row in rows if row.get("cpna/connections")}
+    assert list(seen) == steps
+    for step, row in seen.items():
+        n = schedule.n_remaining(step, 16, 4)
+        assert [float(row[f"cpna/{key}"]) for key in ("connections", "at_target")] == [n, n == 4]
+        if step in (1, 7, 10, 14, 18):
+            assert float(row["cpna/net.2.weight/remaining"]) == n
+
+
+def test_a_second_fit_that_wants_more_than_the_first_left_says_so() -> None:
+    model = Classifier()
+    trainer(CPNAPruning({"net.2.weight": 4}, schedule=Linear(0, 10))).fit(model, data())
+    message = "cpna: only 4 of 'net.2.weight' are left, where 9 should remain; what an earlier fit removed"
+    with pytest.warns(UserWarning, match=message):
+        trainer(CPNAPruning({"net.2.weight": 9}, schedule=Linear(0, 10))).fit(model, data())
 
 
 def test_less_than_the_budget_is_at_the_target_and_no_miss() -> None:

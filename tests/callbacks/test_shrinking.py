@@ -318,7 +318,9 @@ def test_a_forward_with_its_width_written_in_it_stays_as_large_as_it_is_with_a_w
         return [NeuronPruning({"net.a.weight": 3}, schedule=OneShot(5), shrink=shrink)]
 
     spy = Shapes()
-    with pytest.warns(UserWarning, match=r"shrink: net\.a\.weight stays as large as it is: .*shape '\[-1, 10\]'"):
+    with pytest.warns(
+        UserWarning, match=r"shrink: net\.a\.weight stays as large as it is while the fit goes on: .*shape '\[-1, 10\]'"
+    ):
         shrunk = run(make, callbacks(True), spy)
     same(shrunk, run(make, callbacks(False)))
     assert spy.shapes[-1] == spy.shapes[0]
@@ -328,7 +330,9 @@ def test_batch_normalisation_between_stays_as_large_as_it_is_with_a_warning() ->
     def make() -> nn.Module:
         return nn.Sequential(nn.Linear(6, 10), nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, 1))
 
-    with pytest.warns(UserWarning, match=r"shrink: net\.0\.weight stays as large as it is: .*running_mean"):
+    with pytest.warns(
+        UserWarning, match=r"shrink: net\.0\.weight stays as large as it is while the fit goes on: .*running_mean"
+    ):
         model = run(make, [NeuronPruning({"net.0.weight": 3}, schedule=OneShot(5), shrink=True)])
     assert int(model.net[0].weight.any(1).sum()) == 3
 
