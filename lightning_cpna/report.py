@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from lightning_cpna.graph import Graph
@@ -115,9 +116,8 @@ class SparsityReport:
         names = {layer.name for layer in self.layers}
         others = [it for it in self.budgets if it.granularity != "connection" or it.label not in names]
         if others:
-            table.caption = "\n".join(
-                f"{it.label}: {it.remaining:,} {it.granularity}s, target {it.target:,}" for it in others
-            )
+            lines = [f"{it.label}: {it.remaining:,} {it.granularity}s, target {it.target:,}" for it in others]
+            table.caption = Text("\n".join(lines))  # not markup, which brackets are
         table.add_column("parameter")
         for title in ("connections", "effective", "target", "density", "live units", "live features"):
             table.add_column(title, justify="right")

@@ -454,7 +454,8 @@ def _tensor(argument: str, values: Any) -> Tensor:
         return values.detach().cpu()
     array = np.asarray(values)
     if array.dtype.kind not in "bfiu":
-        others = [name for name in getattr(values, "columns", ()) if values[name].dtype.kind not in "fiu"]
+        kinds = zip(values.columns, values.dtypes, strict=True) if hasattr(values, "columns") else ()
+        others = [name for name, kind in kinds if kind.kind not in "fiu"]
         where = f" in columns {others[:10]}" if others else ""
         raise ValueError(f"{argument} holds {array.dtype}{where}; allowed are numbers")
     return torch.tensor(array)

@@ -152,12 +152,13 @@ class Sparsity:
         """
         budgets = []
         for pattern, targets in resolve(module, wanted).items():
+            others = [target.name for target in targets if target.axes.input is None]
+            if others and len(others) < len(targets):
+                raise ValueError(
+                    f"targets: {pattern!r} matches {others[0]!r} too, which is no weight of a layer (but a bias, or the "
+                    "scale of a normalisation); allowed are patterns of either"
+                )
             for target in targets:
-                if target.axes.input is None and target.name != pattern:
-                    raise ValueError(
-                        f"targets: {pattern!r} matches {target.name!r} too, which is no weight of a layer, but a bias or the "
-                        "scale of a normalisation; allowed are globs of layers' weights, and such a one by its own name"
-                    )
                 if granularity == "feature" and target.axes.input is None:
                     raise ValueError(f"granularity='feature': {target.name!r} has no input axis; allowed are weights")
                 if granularity == "feature" and target.axes.groups > 1:
@@ -536,7 +537,11 @@ class Sparsity:
         """Count what is alive in every masked parameter, in its full shape."""
         for name in self.masks:
             self.add_mask(name)
-        budgets = [BudgetReport(b.label, b.granularity, self.n_remaining(b), b.n_end) for b in self.budgets]
+        budgets = [
+            BudgetReport(budget.label, budget.granularity, self.n_remaining(budget), budget.n_end)
+            for budget in self.budgets
+            if all(name in self.masks for name in budget.names)  # other masks can have been set since
+        ]
         targets, graph = dict(self.targets), self.full_graph or self.graph
         for name, kept in self.kept.items():
             if isinstance(axes := targets[name].axes, ListedAxes) and kept.columns is not None:

@@ -79,6 +79,23 @@ def test_the_report_says_what_should_remain_of_every_budget() -> None:
     assert "2.weight: " not in str(report)
 
 
+def test_the_report_names_budgets_as_they_are_and_forgets_those_of_other_masks() -> None:
+    net = mlp()
+    sparsity = Sparsity(net)
+    sparsity.add_budgets(net, {"[02].weight": 4}, scope="shared")
+    assert "[02].weight: 30 connections, target 4" in str(sparsity.report())
+    sparsity.masks = masked(net, {"2.weight": LAST})
+    assert sparsity.report().budgets == ()
+
+
+def test_scales_of_normalisations_can_share_a_budget_but_not_with_weights() -> None:
+    net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3), nn.BatchNorm1d(3))
+    (budget,) = Sparsity(net).add_budgets(net, {"[13].weight": 4}, scope="shared")
+    assert budget.names == ("1.weight", "3.weight")
+    with pytest.raises(ValueError, match=r"targets: '\*.weight' matches '1.weight' too, which is no weight of a layer"):
+        Sparsity(net).add_budgets(net, {"*.weight": 4})
+
+
 def test_without_a_trace_units_live_by_their_inputs_alone() -> None:
     net = mlp()
     first, last = sparsity_report(masked(net, {"0.weight": FIRST, "2.weight": LAST}), all_targets(net)).layers

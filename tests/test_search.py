@@ -343,6 +343,10 @@ WRONG: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
         lambda x, y: search(pd.DataFrame(x.numpy()).assign(job="cook"), y),
         r"x holds object in columns \['job'\]; allowed are numbers",
     ),
+    "columns of one name": (
+        lambda x, y: search(pd.DataFrame([[1.0, "a"]] * 400, columns=["a", "a"]), y),
+        r"x holds object in columns \['a'\]",
+    ),
     "labels that are texts": (lambda x, y: search(x, ["no", "yes"] * 200), "y holds <U3; allowed are numbers"),
     "labels that are bools": (lambda x, y: search(x, y > 0), "y has type torch.bool; allowed are ints or floats"),
     "a network": (lambda x, y: search(x, y, network=Net(8)), "network is a Net; allowed is a class or function"),

@@ -55,6 +55,7 @@ class Fit:
         planned: Whether it is decided what will be done when.
         is_told: Whether the loggers know that.
         logged_at_target: What was logged last.
+        given: At which batch the loggers got each value last.
         averaged_version: The version of the masks when averages of the weights were masked last.
         watch: What the units did, for callbacks that ask.
         watching: Open while a batch is watched.
@@ -77,6 +78,7 @@ class Fit:
     planned: bool = False
     is_told: bool = False
     logged_at_target: bool | None = None
+    given: dict[str, int] = field(default_factory=dict)
     averaged_version: int = -1
     watch: Watch | None = None
     watching: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -304,13 +306,6 @@ class SparsityCallback(Callback):
             sparsity.masks.apply_(sparsity.tensors)
         pictures = ConnectivityPictures(f"{self.name}/connectivity")
         self._fit = Fit(trainer, pl_module, sparsity, self._find_budgets(sparsity, pl_module), leads, pictures)
-        for budget in () if self._restored else self._fit.budgets:
-            if (n := sparsity.n_remaining(budget)) < budget.n_end:
-                warnings.warn(
-                    f"{self.name}: only {n} of {budget.label!r} are left, where {budget.n_end} should remain; what an "
-                    "earlier fit removed does not come back",
-                    stacklevel=2,
-                )
         for name in self._fit.names:
             n_zeros = int((sparsity.tensors[name] == 0).sum())
             mask = sparsity.masks[name]
@@ -334,6 +329,13 @@ class SparsityCallback(Callback):
                 f"{type(self).__name__} of this name: its schedule starts from step 0",
                 stacklevel=2,
             )
+        for budget in () if self._restored else fit.budgets:
+            if (n := fit.sparsity.n_remaining(budget)) < budget.n_end:
+                warnings.warn(
+                    f"{self.name}: only {n} of {budget.label!r} are left, where {budget.n_end} should remain; what is gone "
+                    "does not come back",
+                    stacklevel=2,
+                )
         self._restored = False
         self._epoch = trainer.current_epoch if self._epoch is None else self._epoch
         fit.optimizers = list(trainer.optimizers)
@@ -434,9 +436,8 @@ class SparsityCallback(Callback):
             self._tell_plan(fit)
         self._catch_up(fit)
         # Lightning's log takes about a millisecond a value, so values are logged when they are wanted, or are news.
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         at_target = self._at_target(fit)
-        is_news, is_due = at_target != fit.logged_at_target, bool(every) and trainer.global_step % every == 0
+        is_news, is_due = at_target != fit.logged_at_target, _logs(trainer)
         if not (is_news or is_due or trainer.is_last_batch):
             return
         values = self._totals(fit)
@@ -447,9 +448,10 @@ class SparsityCallback(Callback):
         connections = f"{self.name}/connections"
         pl_module.log(connections, values[connections], prog_bar=True)
         pl_module.log_dict({key: value for key, value in values.items() if key != connections})
-        n_before: int = trainer.fit_loop.epoch_loop._batches_that_stepped  # the axis of the loggers
-        if every and (n_before + 1) % every:  # Lightning gives its loggers nothing then
-            _give_loggers(trainer, values, n_before)
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        if not is_due:  # Lightning gives its loggers nothing then
+            _give_loggers(trainer, values, step)
+        fit.given = dict.fromkeys(values, step)
 
     def _totals(self, fit: Fit) -> dict[str, float]:
         """Count what lives in all of this callback's layers, for the log."""
@@ -577,9 +579,9 @@ class SparsityCallback(Callback):
         fit = self._running()
         self._note_graph(fit)
         fit.restore()
-        if trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            values = self._totals(fit) | self._prefixed(self._values(fit))
-            _give_loggers(trainer, values, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped - 1
+        values = self._totals(fit) | self._prefixed(self._values(fit))
+        _give_loggers(trainer, {key: value for key, value in values.items() if fit.given.get(key) != step}, step)
         self._draw(fit, last=True)
         for budget in fit.budgets:
             if (n := fit.sparsity.n_remaining(budget)) > budget.n_end:
@@ -625,9 +627,19 @@ def in_full_shapes(trainer: Trainer) -> Iterator[None]:
         fit.shrinking, fit.live_at_cut = Shrinking(fit.module, fit.sparsity, fit.optimizers), 0
 
 
+def _logs(trainer: Trainer) -> bool:
+    """Tell whether Lightning gives its loggers what is logged in this batch."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    if not every or (trainer.lightning_module.automatic_optimization and trainer.fit_loop._should_accumulate()):
+        return False
+    return trainer.should_stop or (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
+
+
 def _give_loggers(trainer: Trainer, values: dict[str, float], step: int) -> None:
-    for logger in trainer.loggers:
-        logger.log_metrics(values, step=step)
+    """Give the loggers values at a batch, counted as they count: of those with an optimizer step, from 0."""
+    if trainer.log_every_n_steps and values and step >= 0:  # type: ignore[attr-defined]
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step)
 
 
 def ours(trainer: Trainer) -> list[SparsityCallback]:

@@ -447,19 +447,59 @@ def test_loggers_get_counts_at_the_target_and_at_the_ends_of_epochs_and_fit_what
     trainer(callback, logger=logger, log_every_n_steps=every, max_steps=18).fit(Classifier(), data())
     file = Path(logger.log_dir) / "metrics.csv"
     rows = list(csv.DictReader(file.open())) if file.exists() else []
-    seen = {int(row["step"]) + 1: row for row in rows if row.get("cpna/connections")}
-    assert list(seen) == steps
-    for step, row in seen.items():
+    seen = [row for row in rows if row.get("cpna/connections")]
+    assert [int(row["step"]) + 1 for row in seen] == steps
+    for step, row in zip(steps, seen, strict=True):
         n = schedule.n_remaining(step, 16, 4)
         assert [float(row[f"cpna/{key}"]) for key in ("connections", "at_target")] == [n, n == 4]
         if step in (1, 7, 10, 14, 18):
             assert float(row["cpna/net.2.weight/remaining"]) == n
 
 
+class TwoSteps(Classifier):
+    """Takes steps with two optimizers by hand in every second batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.other = nn.Parameter(torch.ones(1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        loss = super().training_step(batch, batch_idx) * self.other.sum()
+        self.manual_backward(loss)
+        if batch_idx % 2:
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                optimizer.step()
+                optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.net.parameters(), lr=0.1), torch.optim.SGD([self.other], lr=0.1)]
+
+
+@pytest.mark.parametrize(
+    ("module", "every", "accumulated", "expected"),
+    [
+        (Classifier, 50, 2, {1: 16, 2: 10, 4: 4, 6: 4, 8: 4, 10: 4}),
+        (Classifier, 3, 2, {1: 16, 2: 10, 3: 7, 4: 4, 6: 4, 8: 4, 9: 4, 10: 4}),
+        (TwoSteps, 50, 1, {1: 16, 4: 10, 8: 4, 12: 4, 16: 4, 20: 4}),
+        (TwoSteps, 3, 1, {1: 16, 3: 13, 4: 10, 6: 7, 8: 4, 9: 4, 12: 4, 15: 4, 16: 4, 18: 4, 20: 4}),
+    ],
+)
+def test_loggers_get_each_count_once_where_a_batch_is_no_step(
+    tmp_path: Path, module: type[Classifier], every: int, accumulated: int, expected: dict[int, int]
+) -> None:
+    logger, callback = CSVLogger(tmp_path), CPNAPruning({"net.2.weight": 4}, schedule=Linear(0, 4))
+    fitting = trainer(callback, logger=logger, log_every_n_steps=every, accumulate_grad_batches=accumulated)
+    fitting.fit(module(), data())
+    rows = csv.DictReader((Path(logger.log_dir) / "metrics.csv").open())
+    seen = [(int(row["step"]) + 1, float(row["cpna/connections"])) for row in rows if row.get("cpna/connections")]
+    assert seen == list(expected.items())
+
+
 def test_a_second_fit_that_wants_more_than_the_first_left_says_so() -> None:
     model = Classifier()
     trainer(CPNAPruning({"net.2.weight": 4}, schedule=Linear(0, 10))).fit(model, data())
-    message = "cpna: only 4 of 'net.2.weight' are left, where 9 should remain; what an earlier fit removed"
+    message = "cpna: only 4 of 'net.2.weight' are left, where 9 should remain; what is gone does not come back"
     with pytest.warns(UserWarning, match=message):
         trainer(CPNAPruning({"net.2.weight": 9}, schedule=Linear(0, 10))).fit(model, data())
 
