@@ -1,7 +1,6 @@
 """Bool tensors and the cells where they are True: counting, listing, filling and packing them.
 
-On the CPU counting, listing, sorting and dividing go through NumPy, whose loops are vectorised: two to fifteen times
-faster than torch's.
+On the CPU counting, listing, finding orders and dividing go through NumPy, two to fifteen times faster than torch.
 """
 
 from __future__ import annotations
@@ -55,13 +54,35 @@ def distinct(cells: Tensor) -> Tensor:
         >>> distinct(torch.tensor([7, 2, 7]))
         tensor([2, 7])
     """
-    ascending = torch.from_numpy(np.sort(cells.numpy())) if cells.is_cpu else cells.sort().values
-    once: Tensor = torch.unique_consecutive(ascending)
+    once: Tensor = torch.unique_consecutive(cells.sort().values)
     return once
 
 
+def together(first: Tensor, second: Tensor) -> Tensor:
+    """Return the cells that are in one of two ascending lists, int64, ascending and each once.
+
+    Examples:
+        >>> together(torch.tensor([2, 7]), torch.tensor([3, 7]))
+        tensor([2, 3, 7])
+    """
+    once: Tensor = torch.unique_consecutive(torch.cat([first, second]).index_select(0, merging_order(first, second)))
+    return once
+
+
+def n_up_to(ascending: Tensor, values: Tensor) -> Tensor:
+    """Count, for each of ascending values, those of an ascending list that are not above it, int64.
+
+    Examples:
+        >>> n_up_to(torch.tensor([2, 4, 4]), torch.tensor([1, 4, 9]))
+        tensor([0, 3, 3])
+    """
+    if not ascending.is_cpu:
+        return torch.searchsorted(ascending, values, right=True)
+    return torch.from_numpy(np.searchsorted(ascending.numpy(), values.numpy(), side="right"))
+
+
 def stable_order(keys: Tensor) -> Tensor:
-    """Return the order in which keys, int32 ``(n,)``, ascend, equal ones as they come, int32 ``(n,)``.
+    """Return the order in which keys that are not negative, int32 ``(n,)``, ascend, equal ones as they come, int32 ``(n,)``.
 
     Examples:
         >>> stable_order(torch.tensor([5, 3, 5, 0], dtype=torch.int32))
@@ -69,11 +90,13 @@ def stable_order(keys: Tensor) -> Tensor:
     """
     if not keys.is_cpu:
         return torch.argsort(keys, stable=True).int()
-    both = keys.numpy().astype(np.int64)
-    both <<= 32
-    both += np.arange(len(keys))
-    both.sort()  # NumPy sorts numbers much faster than it finds an order
-    return torch.from_numpy(both.astype(np.int32))  # the lower halves
+    numbers = keys.numpy()
+    # NumPy sorts 16 bits by counting: both halves take a third of the time that the whole numbers would.
+    order = np.argsort(numbers.astype(np.uint16), kind="stable").astype(np.int32)
+    high = (numbers >> 16).astype(np.uint16)
+    if high.any():
+        order = order[np.argsort(high[order], kind="stable")]
+    return torch.from_numpy(order)
 
 
 def merging_order(first: Tensor, second: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_cpna.cells import distinct
+from lightning_cpna.cells import distinct, n_up_to, together
 
 
 def draw_cells(occupied: Tensor, n_cells: int, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -36,7 +36,7 @@ def draw_cells(occupied: Tensor, n_cells: int, n: int, generator: torch.Generato
         ranks = distinct(torch.randint(n_free, (n,), generator=generator))
         while len(ranks) < n:
             more = torch.randint(n_free, (n - len(ranks),), generator=generator)
-            ranks = distinct(torch.cat([ranks, more]))
+            ranks = together(ranks, distinct(more))
     return free_cells(occupied, ranks.to(occupied.device))
 
 
@@ -52,4 +52,4 @@ def free_cells(occupied: Tensor, ranks: Tensor) -> Tensor:
         tensor([1, 4, 5])
     """
     n_free_before = torch.arange(len(occupied), device=occupied.device).neg_().add_(occupied)
-    return torch.searchsorted(n_free_before, ranks, right=True).add_(ranks)
+    return n_up_to(n_free_before, ranks).add_(ranks)

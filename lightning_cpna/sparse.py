@@ -261,8 +261,10 @@ class SparseLinear(nn.Module):
 
     def _set_cells(self, cells: Tensor) -> None:
         firsts = torch.arange(self.out_features + 1, device=cells.device) * self.in_features
-        inputs = cells.sub(divided(cells, self.in_features), alpha=self.in_features)
-        self._set_indices(torch.searchsorted(cells, firsts, out_int32=True), inputs.int())
+        crow_indices = torch.searchsorted(cells, firsts, out_int32=True)
+        col_indices = cells.sub(divided(cells, self.in_features), alpha=self.in_features).int()
+        del cells  # at a million neurons every list counts
+        self._set_indices(crow_indices, col_indices)
 
     def _renew_values(self, n: int) -> None:
         """Make the values zero, and their gradient none, if there are not as many as before."""

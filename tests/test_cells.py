@@ -14,9 +14,11 @@ from lightning_cpna.cells import (
     distinct,
     fill_cells_,
     merging_order,
+    n_up_to,
     pack,
     pick,
     stable_order,
+    together,
     unpack,
 )
 
@@ -38,7 +40,7 @@ def test_the_merging_order_equals_a_stable_sort(first: list[int], second: list[i
     assert order.tolist() == sorted(range(len(both)), key=lambda i: (both[i], i))
 
 
-@given(keys=st.lists(st.integers(0, 9) | st.integers(0, 2**31 - 1)))
+@given(keys=st.lists(st.integers(0, 9) | st.integers(2**16 - 2, 2**16 + 2) | st.integers(0, 2**31 - 1)))
 def test_the_stable_order_equals_pythons(keys: list[int]) -> None:
     order = stable_order(torch.tensor(keys, dtype=torch.int32))
     assert order.dtype == torch.int32
@@ -48,6 +50,19 @@ def test_the_stable_order_equals_pythons(keys: list[int]) -> None:
 @given(cells=st.lists(st.integers(0, 9) | st.integers(0, 2**62)))
 def test_distinct_cells_equal_a_sorted_set(cells: list[int]) -> None:
     assert distinct(torch.tensor(cells, dtype=torch.int64)).tolist() == sorted(set(cells))
+
+
+@given(first=st.sets(st.integers(0, 99)).map(sorted), second=st.sets(st.integers(0, 99)).map(sorted))
+def test_cells_together_equal_the_union_of_sets(first: list[int], second: list[int]) -> None:
+    both = together(torch.tensor(first, dtype=torch.int64), torch.tensor(second, dtype=torch.int64))
+    assert both.tolist() == sorted({*first, *second})
+
+
+@given(cells=st.lists(st.integers(0, 20)).map(sorted), values=st.lists(st.integers(-1, 21)).map(sorted))
+def test_counts_up_to_values_equal_counting_by_brute_force(cells: list[int], values: list[int]) -> None:
+    counts = n_up_to(torch.tensor(cells, dtype=torch.int64), torch.tensor(values, dtype=torch.int64))
+    assert counts.dtype == torch.int64
+    assert counts.tolist() == [sum(cell <= value for cell in cells) for value in values]
 
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
