@@ -117,13 +117,13 @@ class SparsityReport:
         others = [it for it in self.budgets if it.granularity != "connection" or it.label not in names]
         if others:
             lines = [f"{it.label}: {it.remaining:,} {it.granularity}s, target {it.target:,}" for it in others]
-            table.caption = Text("\n".join(lines))  # not markup, which brackets are
+            table.caption = Text("\n".join(lines))
         table.add_column("parameter")
         for title in ("connections", "effective", "target", "density", "live units", "live features"):
             table.add_column(title, justify="right")
         for layer in self.layers:
             table.add_row(
-                layer.name,
+                Text(layer.name),
                 f"{layer.connections:,} / {layer.size:,}",
                 "" if layer.effective is None else f"{layer.effective:,}",
                 "" if layer.target is None else f"{layer.target:,}",

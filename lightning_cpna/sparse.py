@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.overrides import handle_torch_function, has_torch_function
 
-from lightning_cpna.cells import cells_of, count_true, distinct, divided, merging_order, renumbered, stable_order
+from lightning_cpna.cells import cells_of, count_true, distinct, divided, merging_order, renumbered
 from lightning_cpna.draws import draw_cells
 from lightning_cpna.moments import moments_of, replace_, set_tensor_
 from lightning_cpna.pattern import Pattern, of_rows, rows_of, sparse_matmul
@@ -274,7 +274,7 @@ class SparseLinear(nn.Module):
     def _set_indices(self, crow_indices: Tensor, col_indices: Tensor) -> None:
         self._put("crow_indices", crow_indices)
         self._put("col_indices", col_indices)
-        self._put("order", stable_order(self.col_indices))
+        self._put("order", torch.argsort(self.col_indices, stable=True).int())
         self._put("row_indices", self.units.index_select(0, self.order))
         self._put("ccol_indices", starts(torch.bincount(self.col_indices, minlength=self.in_features)))
 

@@ -155,7 +155,7 @@ class Sparsity:
             others = [target.name for target in targets if target.axes.input is None]
             if others and len(others) < len(targets):
                 raise ValueError(
-                    f"targets: {pattern!r} matches {others[0]!r} too, which is no weight of a layer (but a bias, or the "
+                    f"targets: {pattern!r} matches {others[0]!r} too, which is no weight of a layer (such as a bias or the "
                     "scale of a normalisation); allowed are patterns of either"
                 )
             for target in targets:
@@ -199,7 +199,6 @@ class Sparsity:
 
     def n_units(self, name: str) -> int:
         """Count the units of a parameter that are not removed."""
-        self.add_mask(name)
         return max(self._counts_of(name, "unit", None))
 
     def _counts(self, budget: Budget, without: tuple[str, Tensor] | None = None) -> list[int]:
@@ -211,6 +210,7 @@ class Sparsity:
         return [sum(members) for members in zip(*counts, strict=True)]
 
     def _counts_of(self, name: str, granularity: Granularity, without: Tensor | None) -> list[int]:
+        self.add_mask(name)
         mask, axes = self.masks[name], self.targets[name].axes
         if without is not None:
             where = self._spread(name, without, "unit")

@@ -17,7 +17,6 @@ from lightning_cpna.cells import (
     n_up_to,
     pack,
     pick,
-    stable_order,
     together,
     unpack,
 )
@@ -38,13 +37,6 @@ def test_the_merging_order_equals_a_stable_sort(first: list[int], second: list[i
     both = first + second
     order = merging_order(torch.tensor(first, dtype=torch.int64), torch.tensor(second, dtype=torch.int64))
     assert order.tolist() == sorted(range(len(both)), key=lambda i: (both[i], i))
-
-
-@given(keys=st.lists(st.integers(0, 9) | st.integers(2**16 - 2, 2**16 + 2) | st.integers(0, 2**31 - 1)))
-def test_the_stable_order_equals_pythons(keys: list[int]) -> None:
-    order = stable_order(torch.tensor(keys, dtype=torch.int32))
-    assert order.dtype == torch.int32
-    assert order.tolist() == sorted(range(len(keys)), key=keys.__getitem__)
 
 
 @given(cells=st.lists(st.integers(0, 9) | st.integers(0, 2**62)))

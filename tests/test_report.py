@@ -82,10 +82,18 @@ def test_the_report_says_what_should_remain_of_every_budget() -> None:
 def test_the_report_names_budgets_as_they_are_and_forgets_those_of_other_masks() -> None:
     net = mlp()
     sparsity = Sparsity(net)
-    sparsity.add_budgets(net, {"[02].weight": 4}, scope="shared")
+    [budget] = sparsity.add_budgets(net, {"[02].weight": 4}, scope="shared")
     assert "[02].weight: 30 connections, target 4" in str(sparsity.report())
     sparsity.masks = masked(net, {"2.weight": LAST})
     assert sparsity.report().budgets == ()
+    assert sparsity.n_remaining(budget) == 20 + 4
+
+
+def test_the_report_names_layers_as_they_are() -> None:
+    net = nn.ModuleDict({"[bold]": nn.Linear(2, 1, bias=False)})
+    sparsity = Sparsity(net)
+    sparsity.add_budgets(net, {"*.weight": 1})
+    assert "[bold].weight" in str(sparsity.report())
 
 
 def test_scales_of_normalisations_can_share_a_budget_but_not_with_weights() -> None:

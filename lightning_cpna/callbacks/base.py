@@ -55,7 +55,7 @@ class Fit:
         planned: Whether it is decided what will be done when.
         is_told: Whether the loggers know that.
         logged_at_target: What was logged last.
-        given: At which batch the loggers got each value last.
+        given: At which batch the loggers were given which values last.
         averaged_version: The version of the masks when averages of the weights were masked last.
         watch: What the units did, for callbacks that ask.
         watching: Open while a batch is watched.
@@ -78,7 +78,7 @@ class Fit:
     planned: bool = False
     is_told: bool = False
     logged_at_target: bool | None = None
-    given: dict[str, int] = field(default_factory=dict)
+    given: dict[str, tuple[int, float]] = field(default_factory=dict)
     averaged_version: int = -1
     watch: Watch | None = None
     watching: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -130,7 +130,6 @@ class SparsityCallback(Callback):
         self.shrink = shrink
         self.name = name
         self._begin()
-        self._restored = False
         self._fit: Fit | None = None
 
     _epoch: int | None  # the last one whose start was seen
@@ -292,6 +291,7 @@ class SparsityCallback(Callback):
     def _begin(self) -> None:
         """Forget an earlier fit."""
         self._step = self._handled_step = 0
+        self._restored = False
         self._epoch = None
         self._graph = None
         self._ways = dict[str, str]()
@@ -435,6 +435,8 @@ class SparsityCallback(Callback):
         if fit.planned and not fit.is_told:
             self._tell_plan(fit)
         self._catch_up(fit)
+        if trainer.fit_loop._should_accumulate():
+            return
         # Lightning's log takes about a millisecond a value, so values are logged when they are wanted, or are news.
         at_target = self._at_target(fit)
         is_news, is_due = at_target != fit.logged_at_target, _logs(trainer)
@@ -445,13 +447,13 @@ class SparsityCallback(Callback):
             fit.logged_at_target = at_target
             values |= self._prefixed(self._values(fit))
             self._draw(fit)
+        # The loggers are not left to Lightning: where a run is stopped it gives them what was logged last, however old.
         connections = f"{self.name}/connections"
-        pl_module.log(connections, values[connections], prog_bar=True)
-        pl_module.log_dict({key: value for key, value in values.items() if key != connections})
+        pl_module.log(connections, values[connections], prog_bar=True, logger=False)
+        pl_module.log_dict({key: value for key, value in values.items() if key != connections}, logger=False)
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        if not is_due:  # Lightning gives its loggers nothing then
-            _give_loggers(trainer, values, step)
-        fit.given = dict.fromkeys(values, step)
+        give_loggers(trainer, values, step)
+        fit.given = {key: (step, value) for key, value in values.items()}
 
     def _totals(self, fit: Fit) -> dict[str, float]:
         """Count what lives in all of this callback's layers, for the log."""
@@ -581,7 +583,8 @@ class SparsityCallback(Callback):
         fit.restore()
         step = trainer.fit_loop.epoch_loop._batches_that_stepped - 1
         values = self._totals(fit) | self._prefixed(self._values(fit))
-        _give_loggers(trainer, {key: value for key, value in values.items() if fit.given.get(key) != step}, step)
+        news = {key: value for key, value in values.items() if fit.given.get(key) != (step, value)}
+        give_loggers(trainer, news, step)
         self._draw(fit, last=True)
         for budget in fit.budgets:
             if (n := fit.sparsity.n_remaining(budget)) > budget.n_end:
@@ -628,14 +631,12 @@ def in_full_shapes(trainer: Trainer) -> Iterator[None]:
 
 
 def _logs(trainer: Trainer) -> bool:
-    """Tell whether Lightning gives its loggers what is logged in this batch."""
+    """Tell whether the loggers are due in this batch, which ends with an optimizer step."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    if not every or (trainer.lightning_module.automatic_optimization and trainer.fit_loop._should_accumulate()):
-        return False
-    return trainer.should_stop or (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
+    return every > 0 and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
 
 
-def _give_loggers(trainer: Trainer, values: dict[str, float], step: int) -> None:
+def give_loggers(trainer: Trainer, values: dict[str, float], step: int) -> None:
     """Give the loggers values at a batch, counted as they count: of those with an optimizer step, from 0."""
     if trainer.log_every_n_steps and values and step >= 0:  # type: ignore[attr-defined]
         for logger in trainer.loggers:

@@ -202,7 +202,7 @@ class AlignmentLogger(Callback):
             if n_vectors == 0 or not bool(filters.isfinite().all()):
                 continue
             found = alignment(filters, min(self.n_clusters, n_vectors))
-            tag, step = f"{self.name}/{layer}", trainer.global_step
+            tag, step = f"{self.name}/{layer}", trainer.fit_loop.epoch_loop._batches_that_stepped
             values = {
                 "median_angle": found.angle(),
                 "within_15": found.share_within(15),

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from lightning_cpna._lightning import LightningModule, Trainer
-from lightning_cpna.callbacks.base import Fit, SparsityCallback, agree, averaging, broadcast, in_full_shapes, ours
+from lightning_cpna.callbacks.base import (
+    Fit,
+    SparsityCallback,
+    agree,
+    averaging,
+    broadcast,
+    give_loggers,
+    in_full_shapes,
+    ours,
+)
 from lightning_cpna.callbacks.board import in_words
 from lightning_cpna.callbacks.order import BatchOrder
 from lightning_cpna.callbacks.scheduled import check_choice, check_targets
@@ -418,8 +427,7 @@ class TicketRewind(SparsityCallback):
         logged = {f"{self.name}/{report.branch}/connections": float(report.connections)}
         if value is not None:
             logged[f"{self.name}/{report.branch}/{self.monitor}"] = value
-        for logger in trainer.loggers:
-            logger.log_metrics(logged, step=trainer.global_step)
+        give_loggers(trainer, logged, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
         if trainer.is_global_zero and value is not None:
             draw = partial(plot_tickets, self.reports, self.monitor)
             log_figure(trainer.loggers, f"{self.name}/tickets", draw, trainer.global_step)

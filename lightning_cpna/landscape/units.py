@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from lightning_cpna.activations import UnitActivity
@@ -76,7 +77,7 @@ class UnitReport:
         for title in ("units", "never active", "constant", "useless"):
             table.add_column(title, justify="right")
         for name, counts in self.as_dict().items():
-            table.add_row(name, *(f"{count:,}" for count in counts.values()))
+            table.add_row(Text(name), *(f"{count:,}" for count in counts.values()))
         return table
 
     def __str__(self) -> str:

@@ -479,8 +479,9 @@ class TwoSteps(Classifier):
 @pytest.mark.parametrize(
     ("module", "every", "accumulated", "expected"),
     [
-        (Classifier, 50, 2, {1: 16, 2: 10, 4: 4, 6: 4, 8: 4, 10: 4}),
-        (Classifier, 3, 2, {1: 16, 2: 10, 3: 7, 4: 4, 6: 4, 8: 4, 9: 4, 10: 4}),
+        (Classifier, 50, 2, {1: 13, 2: 10, 4: 4, 6: 4, 8: 4, 10: 4}),
+        (Classifier, 3, 2, {1: 13, 2: 10, 3: 7, 4: 4, 6: 4, 8: 4, 9: 4, 10: 4}),
+        (Classifier, 1, 2, {1: 13, 2: 10, 3: 7, **dict.fromkeys(range(4, 11), 4)}),
         (TwoSteps, 50, 1, {1: 16, 4: 10, 8: 4, 12: 4, 16: 4, 20: 4}),
         (TwoSteps, 3, 1, {1: 16, 3: 13, 4: 10, 6: 7, 8: 4, 9: 4, 12: 4, 15: 4, 16: 4, 18: 4, 20: 4}),
     ],
@@ -491,9 +492,51 @@ def test_loggers_get_each_count_once_where_a_batch_is_no_step(
     logger, callback = CSVLogger(tmp_path), CPNAPruning({"net.2.weight": 4}, schedule=Linear(0, 4))
     fitting = trainer(callback, logger=logger, log_every_n_steps=every, accumulate_grad_batches=accumulated)
     fitting.fit(module(), data())
+    assert given(logger) == list(expected.items())
+
+
+def given(logger: CSVLogger) -> list[tuple[int, float]]:
+    """Read what a logger was given: after which batch with a step, from 1, how many connections."""
     rows = csv.DictReader((Path(logger.log_dir) / "metrics.csv").open())
-    seen = [(int(row["step"]) + 1, float(row["cpna/connections"])) for row in rows if row.get("cpna/connections")]
-    assert seen == list(expected.items())
+    return [(int(row["step"]) + 1, float(row["cpna/connections"])) for row in rows if row.get("cpna/connections")]
+
+
+class Stop(pl.Callback):
+    """Stops the run after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step == self.step
+
+
+@pytest.mark.parametrize("stop_first", [False, True])
+@pytest.mark.parametrize("step", [3, 6, 10])
+def test_loggers_get_true_counts_once_where_a_run_is_stopped(tmp_path: Path, step: int, stop_first: bool) -> None:
+    schedule, logger = Linear(0, 10), CSVLogger(tmp_path)
+    callbacks = [CPNAPruning({"net.2.weight": 4}, schedule=schedule), Stop(step)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*training ended with.*")
+        trainer(*(callbacks[::-1] if stop_first else callbacks), logger=logger, log_every_n_steps=50).fit(
+            Classifier(), data()
+        )
+    steps = sorted({1, *range(4, step, 4), step})
+    assert given(logger) == [(n, schedule.n_remaining(n, 16, 4)) for n in steps]
+
+
+def test_loggers_get_what_is_left_at_the_end_of_the_fit_though_the_last_batch_had_more(tmp_path: Path) -> None:
+    class Loses(Classifier):
+        def on_train_epoch_end(self) -> None:
+            where = torch.zeros(1, 16, dtype=torch.bool)
+            where[0, :2] = True
+            sparsity_of(self).remove_("net.2.weight", where)
+
+    logger = CSVLogger(tmp_path)
+    callback = CPNAPruning({"net.2.weight": 12}, schedule=OneShot(50), score="magnitude", normalize=False)
+    with pytest.warns(UserWarning, match="training ended with 14"):
+        trainer(callback, logger=logger, log_every_n_steps=1, epochs=1).fit(Loses(), data())
+    assert given(logger) == [(1, 16), (2, 16), (3, 16), (4, 16), (4, 14)]
 
 
 def test_a_second_fit_that_wants_more_than_the_first_left_says_so() -> None:
@@ -502,6 +545,21 @@ def test_a_second_fit_that_wants_more_than_the_first_left_says_so() -> None:
     message = "cpna: only 4 of 'net.2.weight' are left, where 9 should remain; what is gone does not come back"
     with pytest.warns(UserWarning, match=message):
         trainer(CPNAPruning({"net.2.weight": 9}, schedule=Linear(0, 10))).fit(model, data())
+
+
+def test_it_says_so_too_where_a_checkpoint_was_tested_before(tmp_path: Path) -> None:
+    class Tested(Classifier):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self.training_step(batch, batch_idx)
+
+    model, file = Tested(), tmp_path / "pruned.ckpt"
+    first = trainer(CPNAPruning({"net.2.weight": 4}, schedule=Linear(0, 10)))
+    first.fit(model, data())
+    first.save_checkpoint(file)
+    second = trainer(CPNAPruning({"net.2.weight": 9}, schedule=Linear(0, 10)))
+    second.test(model, data(), ckpt_path=file, verbose=False)
+    with pytest.warns(UserWarning, match="only 4 of 'net.2.weight' are left, where 9 should remain"):
+        second.fit(model, data())
 
 
 def test_less_than_the_budget_is_at_the_target_and_no_miss() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import pickle
 import warnings
 from pathlib import Path
@@ -541,6 +542,34 @@ def test_rounds_count_real_steps(module: Any, loader: Any, options: dict[str, An
     trainer(ticket, epochs=6, **options).fit(module(), loader())
     assert [report.steps for report in ticket.reports] == [steps] * 3
     assert ticket.reports[-1].counts == {HIDDEN: 20}
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "batches"),
+    [
+        (Classifier, {}, [7, 15, 23]),
+        (ByHand, {}, [7, 15, 23]),
+        (Classifier, {"accumulate_grad_batches": 2}, [3, 7, 11]),
+        (Classifier, {"log_every_n_steps": 0}, []),
+    ],
+    ids=["plain", "by hand", "accumulated", "never"],
+)
+def test_rounds_are_logged_at_their_last_batch(
+    tmp_path: Path, module: Any, options: dict[str, Any], batches: list[int]
+) -> None:
+    logger = pl.loggers.CSVLogger(tmp_path)
+    ticket = TicketRewind({HIDDEN: 20}, epochs=2, rewind_to=3, controls=["shuffle"])
+    trainer(ticket, epochs=6, logger=logger, **options).fit(module(), data())
+    file = Path(logger.log_dir) / "metrics.csv"
+    rows = list(csv.DictReader(file.open())) if file.exists() else []
+    branches = [report.branch for report in ticket.reports]
+    seen = [
+        (int(row["step"]), branch)
+        for row in rows
+        for branch in dict.fromkeys(branches)
+        if row.get(f"ticket/{branch}/connections")
+    ]
+    assert seen == list(zip(batches, branches, strict=False))
 
 
 def test_a_dry_run_is_let_pass() -> None:
