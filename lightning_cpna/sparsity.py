@@ -199,6 +199,7 @@ class Sparsity:
 
     def n_units(self, name: str) -> int:
         """Count the units of a parameter that are not removed."""
+        self.add_mask(name)
         return max(self._counts_of(name, "unit", None))
 
     def _counts(self, budget: Budget, without: tuple[str, Tensor] | None = None) -> list[int]:
@@ -210,7 +211,8 @@ class Sparsity:
         return [sum(members) for members in zip(*counts, strict=True)]
 
     def _counts_of(self, name: str, granularity: Granularity, without: Tensor | None) -> list[int]:
-        self.add_mask(name)
+        if name not in self.masks:  # other masks can have been set since
+            self.add_mask(name)
         mask, axes = self.masks[name], self.targets[name].axes
         if without is not None:
             where = self._spread(name, without, "unit")
