@@ -6,17 +6,16 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_cpna.cells import cells_of, count_true, distinct, pick, put_cells_
+from lightning_cpna.cells import cells_of, count_true, distinct, pick, put_cells_, together
 from lightning_cpna.draws import draw_cells
 from lightning_cpna.growth import Factors, check_zeta
 from lightning_cpna.mask import ListMask
 from lightning_cpna.moments import zero_
-from lightning_cpna.selection import keep_top_rows
+from lightning_cpna.selection import keep_top_rows, nth_of
 from lightning_cpna.sparsity import Sparsity
 from lightning_cpna.targets import ListedAxes
 
@@ -90,7 +89,7 @@ def _nth(values: Tensor, place: int) -> float:
     if not values.is_cpu:
         return float(values.kthvalue(place + 1).values)
     wide = values.to(torch.promote_types(values.dtype, torch.float32)).numpy()
-    return float(np.partition(wide, place)[place])
+    return float(nth_of(wide, place))
 
 
 @torch.no_grad()
@@ -254,7 +253,7 @@ class _Grid(_Flat):
         staying[dying] = False
         taken = pick(axes.layer.cells, staying)
         if len(mask.cells):
-            taken = distinct(torch.cat([taken, mask.cells]))
+            taken = together(taken, distinct(mask.cells))
         self.units, self.inputs = cells_of(~mask.units), cells_of(~mask.inputs)
         self.is_whole = len(self.units) == len(mask.units) and len(self.inputs) == len(mask.inputs)
         super().__init__(self._number(taken), len(self.units) * len(self.inputs))

@@ -2,14 +2,16 @@ import io
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lightning_cpna import Masks, infer_masks, keep_top
-from lightning_cpna.selection import keep_top_rows
+from lightning_cpna.selection import MANY, SAMPLE, keep_top_rows, nth_of
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3)
 
@@ -70,6 +72,25 @@ def test_keep_top_equals_a_stable_torch_sort_of_many_scores(n: int) -> None:
     expected = torch.zeros(10_000, dtype=torch.bool)
     expected[order[:n]] = True
     assert torch.equal(keep_top(scores, n).flatten(), expected)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.7, 0.999, 1.0])
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.random.default_rng(0).standard_normal(70_000, dtype=np.float32),
+        np.random.default_rng(1).integers(0, 3, 70_000).astype(np.float64),
+        np.sort(np.random.default_rng(2).random(70_000)),
+        np.where(np.arange(70_000) % (70_000 // SAMPLE | 1) == 0, 0.0, np.random.default_rng(3).random(70_000)),
+        np.where(np.arange(70_000) % 3 == 0, np.nan, np.random.default_rng(4).random(70_000)),
+        np.full(70_000, -np.inf),
+    ],
+    ids=["normal", "tied", "sorted", "a sample that misleads", "NaN", "all alike"],
+)
+def test_the_value_at_a_place_of_many_equals_that_of_a_full_sort(values: NDArray[Any], share: float) -> None:
+    place = round(share * (len(values) - 1))
+    assert len(values) >= MANY
+    np.testing.assert_equal(nth_of(values, place), np.sort(values)[place])
 
 
 @pytest.mark.parametrize("n_removed", [0, 1, 2, 30, 60, 4000])
