@@ -89,7 +89,7 @@ def _nth(values: Tensor, place: int) -> float:
     if not values.is_cpu:
         return float(values.kthvalue(place + 1).values)
     wide = values.to(torch.promote_types(values.dtype, torch.float32)).numpy()
-    return float(nth_of(wide, place))
+    return float(nth_of(wide[None], place)[0])
 
 
 @torch.no_grad()

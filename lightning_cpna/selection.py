@@ -52,12 +52,11 @@ def keep_top_rows(rows: Tensor, n: int) -> tuple[Tensor, float]:
     if n == 0:
         _refuse_nan(rows)
         return torch.zeros_like(rows, dtype=torch.bool), torch.inf
-    keep, n_kept, lowest = _at_least_the_nth(rows, n)
+    keep, threshold, n_kept, lowest = _at_least_the_nth(rows, n)
     if math.isnan(lowest):
         _refuse_nan(rows)
     if n_kept == n * len(rows) and lowest > -torch.inf:
         return keep, lowest
-    threshold = rows.masked_fill(~keep, torch.inf).amin(1, keepdim=True)
     alive, above, tied = rows > -torch.inf, rows > threshold, rows == threshold
     wanted = alive.sum(1, keepdim=True).clamp(max=n)
     keep = above | (tied & alive & (tied.cumsum(1) <= wanted - above.sum(1, keepdim=True)))
@@ -69,45 +68,51 @@ def _refuse_nan(rows: Tensor) -> None:
         raise ValueError(f"scores: {n_nan} of {rows.numel()} are NaN; pruning would be arbitrary")
 
 
-def _at_least_the_nth(rows: Tensor, n: int) -> tuple[Tensor, int, float]:
+def _at_least_the_nth(rows: Tensor, n: int) -> tuple[Tensor, Tensor, int, float]:
     """Mark what is at least the ``n``-th largest of its row.
 
     Returns:
-        The marks, how many they are, and the lowest score that is marked, NaN if any score is.
+        The marks, that score ``(member, 1)``, the number of marks, and the lowest of those scores, NaN if any score is.
     """
     position = rows.shape[1] - n
     if not rows.is_cpu:
         nth = torch.kthvalue(rows, position + 1, dim=1, keepdim=True).values
         keep = rows >= nth
-        return keep, int(keep.sum()), float(torch.where(rows.isnan().any(), torch.nan, nth.min()))
+        return keep, nth, int(keep.sum()), float(torch.where(rows.isnan().any(), torch.nan, nth.min()))
     scores = rows.numpy()  # NumPy's selection and comparison take a tenth of torch's time
-    edges = np.array([[nth_of(row, position)] for row in scores])
+    edges = nth_of(scores, position)[:, None]
     marks = scores >= edges
     lowest = math.nan if math.isnan(scores.max()) else float(edges.min())
-    return torch.from_numpy(marks), int(np.count_nonzero(marks)), lowest
+    return torch.from_numpy(marks), torch.from_numpy(edges), int(np.count_nonzero(marks)), lowest
 
 
-def nth_of(values: NDArray[np.floating[Any]], place: int) -> np.floating[Any]:
-    """Return what stands at a place of the sorted values, NaN last, as ``np.partition`` finds it.
-
-    Where there are many, a sample of them tells between which two it stands, and only what lies there is partitioned:
-    NumPy's AVX-512 partition takes up to five times as long as its AVX2 one on AMD Zen 4 (numpy/x86-simd-sort#6).
+def nth_of(rows: NDArray[np.floating[Any]], place: int) -> NDArray[np.floating[Any]]:
+    """Return what stands at a place of each sorted row, NaN last, as ``np.partition`` finds it.
 
     Examples:
-        >>> nth_of(np.array([0.5, 0.1, 0.3]), 1)
-        np.float64(0.3)
+        >>> nth_of(np.array([[0.5, 0.1, 0.3], [0.2, 0.9, 0.4]]), 1)
+        array([0.3, 0.4])
     """
-    if len(values) >= MANY:
-        sample = np.sort(values[:: len(values) // SAMPLE | 1])  # an odd step goes through all columns of a weight
-        middle = place * len(sample) // len(values)
-        low, high = sample[max(0, middle - MARGIN)], sample[min(len(sample) - 1, middle + MARGIN)]
-        below = values < low
-        between = values[(values <= high) & ~below]
-        place_between = place - int(np.count_nonzero(below))
-        if 0 <= place_between < len(between):
-            values, place = between, place_between
-    found: np.floating[Any] = np.partition(values, place)[place]
-    return found
+    if rows.shape[1] < MANY:
+        return np.partition(rows, place, axis=1)[:, place]
+    return np.array([_nth_of_many(row, place) for row in rows])
+
+
+def _nth_of_many(values: NDArray[np.floating[Any]], place: int) -> np.floating[Any]:
+    """Let a sample tell between which two values it stands, and partition only what lies there.
+
+    NumPy's AVX-512 partition takes up to five times as long as its AVX2 one on AMD Zen 4 (numpy/x86-simd-sort#6).
+    """
+    sample = np.sort(values[:: len(values) // SAMPLE | 1])  # an odd step goes through all columns of a weight
+    middle = place * len(sample) // len(values)
+    low, high = sample[max(0, middle - MARGIN)], sample[min(len(sample) - 1, middle + MARGIN)]
+    below = values < low
+    between = values[(values <= high) & ~below]
+    place_between = place - int(np.count_nonzero(below))
+    if 0 <= place_between < len(between):
+        values, place = between, place_between
+    nth: np.floating[Any] = np.partition(values, place)[place]
+    return nth
 
 
 def _unrow(rows: Tensor, like: Tensor, member_axis: int) -> Tensor:

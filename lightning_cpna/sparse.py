@@ -263,7 +263,7 @@ class SparseLinear(nn.Module):
         firsts = torch.arange(self.out_features + 1, device=cells.device) * self.in_features
         crow_indices = torch.searchsorted(cells, firsts, out_int32=True)
         col_indices = cells.sub(divided(cells, self.in_features), alpha=self.in_features).int()
-        del cells  # at a million neurons every list counts
+        del cells  # at a million neurons every list counts, where the caller keeps none
         self._set_indices(crow_indices, col_indices)
 
     def _renew_values(self, n: int) -> None:

@@ -96,6 +96,26 @@ class Classifier(Steps, pl.LightningModule):
         self.net = net or mlp()
 
 
+class TwoSteps(Classifier):
+    """Takes steps with two optimizers by hand in every second batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.other = nn.Parameter(torch.ones(1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        loss = super().training_step(batch, batch_idx) * self.other.sum()
+        self.manual_backward(loss)
+        if batch_idx % 2:
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                optimizer.step()
+                optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.net.parameters(), lr=0.1), torch.optim.SGD([self.other], lr=0.1)]
+
+
 class OtherClassifier(Steps, lightning.pytorch.LightningModule):
     def __init__(self, net: Any = None) -> None:
         super().__init__()

@@ -429,35 +429,60 @@ class SparsityCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Act, if the batch ended with a real optimizer step, and log."""
-        fit = self._running()
-        if not fit.planned:
-            self._see(fit)
-        if fit.planned and not fit.is_told:
-            self._tell_plan(fit)
-        self._catch_up(fit)
+        fit, step = self._running(), trainer.fit_loop.epoch_loop._batches_that_stepped
+        for callback in ours(trainer):  # what is counted here must hold when all have acted
+            callback._act(callback._running(), step)
         if trainer.fit_loop._should_accumulate():
             return
         # Lightning's log takes about a millisecond a value, so values are logged when they are wanted, or are news.
         at_target = self._at_target(fit)
-        is_news, is_due = at_target != fit.logged_at_target, _logs(trainer)
-        if not (is_news or is_due or trainer.is_last_batch):
+        if at_target == fit.logged_at_target and not _logs(trainer):
             return
-        values = self._totals(fit)
-        if is_news or is_due:
-            fit.logged_at_target = at_target
-            values |= self._prefixed(self._values(fit))
-            self._draw(fit)
-        # The loggers are not left to Lightning: where a run is stopped it gives them what was logged last, however old.
+        fit.logged_at_target = at_target
+        values = self._totals(fit) | self._prefixed(self._values(fit))
+        self._show(pl_module, values)
+        self._give(fit, values, step)
+        self._draw(fit, step)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log how many connections there are."""
+        values = self._totals(self._running())
+        self._show(pl_module, values, sync_dist=True, reduce_fx="max")
+        self._give(self._running(), values, last_step(trainer))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let who monitors a validation know how many connections there are."""
+        if self._fit is not None and not trainer.sanity_checking:
+            self._show(pl_module, self._totals(self._fit), sync_dist=True, reduce_fx="max")
+
+    def _act(self, fit: Fit, step: int) -> None:
+        """Do what is to be done after a batch, if it is not done yet."""
+        if not fit.planned:
+            self._see(fit)
+        if fit.planned and not fit.is_told:
+            self._tell_plan(fit, step)
+        self._catch_up(fit)
+
+    def _show(self, pl_module: LightningModule, values: dict[str, float], **how: Any) -> None:
+        """Give values to the progress bar and to callbacks that monitor them.
+
+        The loggers are not left to Lightning: where a run is stopped it gives them what was logged last, however old.
+        """
         connections = f"{self.name}/connections"
-        pl_module.log(connections, values[connections], prog_bar=True, logger=False)
-        pl_module.log_dict({key: value for key, value in values.items() if key != connections}, logger=False)
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        give_loggers(trainer, values, step)
-        fit.given = {key: (step, value) for key, value in values.items()}
+        pl_module.log(connections, values[connections], prog_bar=True, logger=False, **how)
+        others = {key: value for key, value in values.items() if key != connections}
+        pl_module.log_dict(others, logger=False, **how)
+
+    def _give(self, fit: Fit, values: dict[str, float], step: int) -> None:
+        """Give the loggers values that they do not have yet."""
+        give_loggers(fit.trainer, {k: value for k, value in values.items() if fit.given.get(k) != (step, value)}, step)
+        fit.given |= {key: (step, value) for key, value in values.items()}
 
     def _totals(self, fit: Fit) -> dict[str, float]:
         """Count what lives in all of this callback's layers, for the log."""
         names = fit.names or list(fit.sparsity.masks)
+        for name in names:  # other masks can have been set since
+            fit.sparsity.add_mask(name)
         live = sum(fit.sparsity.masks[name].n_live for name in names)
         size = sum(fit.sparsity.size(name) for name in names)
         return self._prefixed({"connections": live, "density": live / size, "at_target": self._at_target(fit)})
@@ -483,7 +508,7 @@ class SparsityCallback(Callback):
                     f"{self.name}: {label!r} goes on by {way}, where the fit before had {before[label]}", stacklevel=2
                 )
 
-    def _tell_plan(self, fit: Fit) -> None:
+    def _tell_plan(self, fit: Fit, step: int) -> None:
         """Give the loggers the plan as text."""
         fit.is_told = True
         if fit.budgets and fit.trainer.is_global_zero:
@@ -491,13 +516,13 @@ class SparsityCallback(Callback):
                 PlanRow(b.label, b.granularity, fit.sparsity.n_remaining(b), b.n_end, self._ways[b.label])
                 for b in fit.budgets
             ]
-            log_text(fit.trainer.loggers, f"{self.name}/plan", plan_text(rows), fit.trainer.global_step)
+            log_text(fit.trainer.loggers, f"{self.name}/plan", plan_text(rows), step)
 
-    def _draw(self, fit: Fit, *, last: bool = False) -> None:
+    def _draw(self, fit: Fit, step: int, *, last: bool = False) -> None:
         """Give the loggers a picture of the connectivity, if there is something new to see, and nothing is cut out of it."""
         is_whole = fit.sparsity.full_graph is None
         if fit.leads and fit.trainer.is_global_zero and fit.sparsity.graph and is_whole:
-            fit.pictures.draw(fit.trainer.loggers, fit.sparsity, fit.trainer.global_step, last=last)
+            fit.pictures.draw(fit.trainer.loggers, fit.sparsity, step, last=last)
 
     def _can_plan(self, fit: Fit) -> bool:
         """Is enough known for a plan? After a step there must be one; before, it can wait until all targets ran."""
@@ -581,11 +606,9 @@ class SparsityCallback(Callback):
         fit = self._running()
         self._note_graph(fit)
         fit.restore()
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped - 1
-        values = self._totals(fit) | self._prefixed(self._values(fit))
-        news = {key: value for key, value in values.items() if fit.given.get(key) != (step, value)}
-        give_loggers(trainer, news, step)
-        self._draw(fit, last=True)
+        step = last_step(trainer)
+        self._give(fit, self._totals(fit) | self._prefixed(self._values(fit)), step)
+        self._draw(fit, max(0, step), last=True)
         for budget in fit.budgets:
             if (n := fit.sparsity.n_remaining(budget)) > budget.n_end:
                 warnings.warn(
@@ -636,11 +659,19 @@ def _logs(trainer: Trainer) -> bool:
     return every > 0 and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
 
 
+def last_step(trainer: Trainer) -> int:
+    """Return where loggers put the batch that has ended: they count those with an optimizer step, from 0."""
+    n: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return n if trainer.validating else n - 1  # which rises after the validation
+
+
 def give_loggers(trainer: Trainer, values: dict[str, float], step: int) -> None:
-    """Give the loggers values at a batch, counted as they count: of those with an optimizer step, from 0."""
+    """Give the loggers values at a step, counted as in ``last_step``."""
     if trainer.log_every_n_steps and values and step >= 0:  # type: ignore[attr-defined]
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        epoch = max(0, epochs.started - 1)  # where an epoch has ended, current_epoch is the next one
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=step)
+            logger.log_metrics(values | {"epoch": epoch}, step=step)
 
 
 def ours(trainer: Trainer) -> list[SparsityCallback]:

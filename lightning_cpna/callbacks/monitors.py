@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_cpna._lightning import Callback, LightningModule, Trainer
 from lightning_cpna.activations import Watch
+from lightning_cpna.callbacks.base import give_loggers, last_step
 from lightning_cpna.callbacks.capture import Capture, running_eagerly, trace_few
 from lightning_cpna.graph import Graph
 from lightning_cpna.landscape.alignment import Alignment, alignment, filters_of, plot_alignment
@@ -185,14 +186,14 @@ class AlignmentLogger(Callback):
         for layer, vectors in self._first.items():
             if (n := int((vectors != 0).any(1).sum())) < self.n_clusters:
                 raise ValueError(f"n_clusters is {self.n_clusters}; allowed for {layer!r} is at most {n}, its vectors")
-        self._record(trainer, pl_module)
+        self._record(trainer, pl_module, 0)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look again."""
         if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._record(trainer, pl_module)
+            self._record(trainer, pl_module, last_step(trainer))
 
-    def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _record(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         loggers: list[Any] = trainer.loggers
         if not trainer.is_global_zero or not loggers:
             return
@@ -202,14 +203,13 @@ class AlignmentLogger(Callback):
             if n_vectors == 0 or not bool(filters.isfinite().all()):
                 continue
             found = alignment(filters, min(self.n_clusters, n_vectors))
-            tag, step = f"{self.name}/{layer}", trainer.fit_loop.epoch_loop._batches_that_stepped
+            tag = f"{self.name}/{layer}"
             values = {
                 "median_angle": found.angle(),
                 "within_15": found.share_within(15),
                 "frame_potential": found.frame_potential,
             }
-            for logger in loggers:
-                logger.log_metrics({f"{tag}/{key}": value for key, value in values.items()}, step)
+            give_loggers(trainer, {f"{tag}/{key}": value for key, value in values.items()}, step)
             for add_embedding in that_take("add_embedding", loggers):
                 add_embedding(
                     found.filters,

@@ -22,6 +22,7 @@ from lightning_cpna.callbacks.base import (
     broadcast,
     give_loggers,
     in_full_shapes,
+    last_step,
     ours,
 )
 from lightning_cpna.callbacks.board import in_words
@@ -427,13 +428,14 @@ class TicketRewind(SparsityCallback):
         logged = {f"{self.name}/{report.branch}/connections": float(report.connections)}
         if value is not None:
             logged[f"{self.name}/{report.branch}/{self.monitor}"] = value
-        give_loggers(trainer, logged, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+        give_loggers(trainer, logged, last_step(trainer))
         if trainer.is_global_zero and value is not None:
             draw = partial(plot_tickets, self.reports, self.monitor)
-            log_figure(trainer.loggers, f"{self.name}/tickets", draw, trainer.global_step)
+            log_figure(trainer.loggers, f"{self.name}/tickets", draw, last_step(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the fit with the last round."""
+        super().on_train_epoch_end(trainer, pl_module)
         self._is_rng_back = False
         if self._n_begun + 1 == self.n_epochs:
             trainer.should_stop = True

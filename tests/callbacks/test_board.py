@@ -26,7 +26,7 @@ from lightning_cpna.callbacks import board
 from lightning_cpna.callbacks.board import ConnectivityPictures
 from lightning_cpna.sparsity import Sparsity
 from lightning_cpna.tracing import trace
-from tests.helpers import N_FEATURES, Classifier, checkpoint, checkpoints, data, trainer
+from tests.helpers import N_FEATURES, Classifier, TwoSteps, checkpoint, checkpoints, data, trainer
 
 
 class Experiment:
@@ -129,7 +129,7 @@ def test_a_network_that_is_too_large_is_not_drawn(
 
 
 def test_what_a_small_layer_lost_is_drawn_and_no_step_twice() -> None:
-    for step, expected in ((7, [1, 7, 20]), (20, [1, 20])):
+    for step, expected in ((7, [0, 6, 19]), (20, [0, 19])):
         net = nn.Sequential(nn.Linear(N_FEATURES, 40), nn.ReLU(), nn.Linear(40, 1))
         pruning = CPNAPruning({"net.2.weight": 4}, schedule=OneShot(step))
         assert [drawn for _, drawn in fitted(pruning, module=Classifier(net)).figures] == expected
@@ -207,6 +207,19 @@ def test_of_several_callbacks_one_draws_and_each_tells_its_plan() -> None:
     assert len({step for _, step in taken.figures}) == len(taken.figures)
 
 
+def test_pictures_have_the_steps_of_the_counts_where_a_batch_takes_two() -> None:
+    steps = [
+        1,
+        *range(3, 20, 2),
+    ]  # of batches, from 0: those whose count is logged, and drawn if there is something new
+    pruning = CPNAPruning({"net.2.weight": 2}, schedule=Geometric(1, 8), normalize=False)
+    drawn = [step for _, step in fitted(pruning, module=TwoSteps()).figures]
+    assert drawn == sorted(set(drawn))
+    assert drawn[0] == 0
+    assert drawn[-1] == 19
+    assert set(drawn[1:-1]) < set(steps)
+
+
 def test_a_resumed_fit_tells_what_is_left_to_do(tmp_path: Path) -> None:
     def pruning() -> CPNAPruning:
         return CPNAPruning({"net.2.weight": 2}, schedule=Geometric(1, 12), normalize=False)
@@ -220,7 +233,7 @@ def test_a_resumed_fit_tells_what_is_left_to_do(tmp_path: Path) -> None:
     trainer(pruning(), logger=logger, log_every_n_steps=1).fit(resumed, data(), ckpt_path=file)
     (row,) = rows(logger.taken.texts["cpna/plan"])
     assert row[1:3] == [f"{n_live} connections", "2"]
-    assert min(step for _, step in logger.taken.figures) > 5
+    assert min(step for _, step in logger.taken.figures) == 5
 
 
 def test_processes_but_the_first_tell_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ from tests.helpers import (
     Classifier,
     SinglePrecision,
     Spy,
+    TwoSteps,
     data,
     live_masks,
     tensorboard,
@@ -281,7 +282,7 @@ def test_a_real_tensorboard_serves_scalars_pictures_the_plan_and_hyperparameters
     assert values[-1][2] == 14
     assert list(ask("images/tags")["run"]) == ["cpna/connectivity"]
     pictures = [picture["step"] for picture in ask("images/images?tag=cpna/connectivity&run=run&sample=0")]
-    assert (pictures[0], pictures[-1]) == (1, 20)
+    assert (pictures[0], pictures[-1]) == (0, 19)
     assert len(pictures) >= 3  # of the first, one in between where a quarter of a layer is left, and the last
     assert ask("text/tags")["run"] == ["cpna/plan/text_summary"]
     assert "Cubic(start=1, end=10, every=1)" in ask("text/text?tag=cpna/plan/text_summary&run=run")[0]["text"]
@@ -452,28 +453,10 @@ def test_loggers_get_counts_at_the_target_and_at_the_ends_of_epochs_and_fit_what
     for step, row in zip(steps, seen, strict=True):
         n = schedule.n_remaining(step, 16, 4)
         assert [float(row[f"cpna/{key}"]) for key in ("connections", "at_target")] == [n, n == 4]
-        if step in (1, 7, 10, 14, 18):
-            assert float(row["cpna/net.2.weight/remaining"]) == n
-
-
-class TwoSteps(Classifier):
-    """Takes steps with two optimizers by hand in every second batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.other = nn.Parameter(torch.ones(1))
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        loss = super().training_step(batch, batch_idx) * self.other.sum()
-        self.manual_backward(loss)
-        if batch_idx % 2:
-            for optimizer in self.optimizers():  # type: ignore[union-attr]
-                optimizer.step()
-                optimizer.zero_grad()
-
-    def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(self.net.parameters(), lr=0.1), torch.optim.SGD([self.other], lr=0.1)]
+    every_target = {int(row["step"]) + 1: row["cpna/net.2.weight/remaining"] for row in rows}
+    for step in {1, 7, 10, 14, 18} & set(steps):
+        assert float(every_target[step]) == schedule.n_remaining(step, 16, 4)
+    assert all(int(row["epoch"]) == int(row["step"]) // 4 for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -587,3 +570,75 @@ def test_a_sparse_network_trains_on_without_pruning_more() -> None:
     trainer(CPNAPruning(counts, schedule=OneShot(), normalize=False)).fit(loaded, data())
     assert all(torch.equal(p == 0, zero) for p, zero in zip(loaded.net.parameters(), zeros, strict=True))
     assert not torch.equal(loaded.net[2].weight, model.net[2].weight)
+
+
+class Validated(Classifier):
+    """Has a validation, which logs what is live in it."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("live", float(live(self, "net.2.weight")))
+
+
+@pytest.mark.parametrize("every_epoch", [True, False])
+@pytest.mark.parametrize("options", [{}, {"val_check_interval": 2}, {"max_steps": 6}, {"accumulate_grad_batches": 3}])
+def test_checkpoints_are_scored_with_the_count_that_they_hold(
+    tmp_path: Path, options: dict[str, Any], every_epoch: bool
+) -> None:
+    scored = pl.callbacks.ModelCheckpoint(
+        tmp_path, filename="{step}", monitor="cpna/connections", save_top_k=-1, save_on_train_epoch_end=every_epoch
+    )
+    pruning = CPNAPruning({"net.2.weight": 4}, schedule=Linear(0, 10))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*training ended with.*")
+        trainer(scored, pruning, enable_checkpointing=True, log_every_n_steps=50, **options).fit(
+            Validated(), data(), data()
+        )
+    scores = {Path(file): float(score) for file, score in scored.best_k_models.items()}
+    assert scores
+    for file, score in scores.items():
+        assert torch.load(file, weights_only=True)["state_dict"]["net.2.weight"].count_nonzero() == score
+
+
+@pytest.mark.parametrize("options", [{"val_check_interval": 2}, {"val_check_interval": 1}])
+def test_early_stopping_waits_for_the_target_where_a_validation_comes_before_the_first_step(
+    options: dict[str, Any],
+) -> None:
+    stop = pl.callbacks.EarlyStopping("cpna/at_target", mode="max", stopping_threshold=0.5, patience=100)
+    pruning = CPNAPruning({"net.2.weight": 4}, schedule=Linear(0, 4))
+    fitting = trainer(pruning, stop, accumulate_grad_batches=4, **options)
+    fitting.fit(Validated(), data(), data())
+    assert fitting.global_step == 4
+
+
+def test_of_two_callbacks_each_logs_what_both_left(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    first = CPNAPruning({"net.2.weight": 8}, schedule=Linear(0, 9), name="cpna")
+    second = CPNAPruning({"net.2.weight": 4}, schedule=OneShot(4), name="second")
+    watched = Spy(
+        lambda trainer, module: float(trainer.callback_metrics["cpna/connections"]) == live(module, "net.2.weight")
+    )
+    trainer(first, second, watched, logger=logger, log_every_n_steps=1).fit(Classifier(), data())
+    counts = [Linear(0, 9).n_remaining(step, 16, 8) for step in (1, 2, 3)]
+    assert given(logger) == [*enumerate(counts, 1), *((step, 4) for step in range(4, 21))]
+    assert all(watched.answers)
+
+
+def test_masks_that_were_set_meanwhile_are_counted_at_the_end() -> None:
+    class Sets(Classifier):
+        def on_train_batch_end(self, *_: Any) -> None:
+            sparsity_of(self).masks = infer_masks(self, ["net.0.weight"])
+
+    with pytest.warns(UserWarning, match="training ended with 16 of 'net.2.weight'"):
+        trainer(CPNAPruning({"net.2.weight": 4}, schedule=Linear(8, 10)), max_steps=4).fit(Sets(), data())
+
+
+def test_loggers_get_counts_at_the_ends_of_epochs_that_have_no_last_batch(tmp_path: Path) -> None:
+    class Short(Classifier):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if batch_idx == 2 else None
+
+    schedule, logger = Linear(0, 8), CSVLogger(tmp_path)
+    trainer(CPNAPruning({"net.2.weight": 4}, schedule=schedule), logger=logger, log_every_n_steps=50).fit(
+        Short(), data()
+    )
+    assert given(logger) == [(n, schedule.n_remaining(n, 16, 4)) for n in (1, 2, 4, 6, 8, 10)]

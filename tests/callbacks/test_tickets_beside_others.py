@@ -59,6 +59,8 @@ class Starts(pl.Callback):
 
 
 class Watched(Classifier):
+    """Has a validation."""
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val/loss", self.training_step(batch, batch_idx))
 
@@ -548,18 +550,20 @@ def test_rounds_count_real_steps(module: Any, loader: Any, options: dict[str, An
     ("module", "options", "batches"),
     [
         (Classifier, {}, [7, 15, 23]),
+        (Watched, {}, [7, 15, 23]),
+        (Watched, {"check_val_every_n_epoch": 2}, [7, 15, 23]),
         (ByHand, {}, [7, 15, 23]),
         (Classifier, {"accumulate_grad_batches": 2}, [3, 7, 11]),
         (Classifier, {"log_every_n_steps": 0}, []),
     ],
-    ids=["plain", "by hand", "accumulated", "never"],
+    ids=["plain", "validated", "validated sometimes", "by hand", "accumulated", "never"],
 )
 def test_rounds_are_logged_at_their_last_batch(
     tmp_path: Path, module: Any, options: dict[str, Any], batches: list[int]
 ) -> None:
     logger = pl.loggers.CSVLogger(tmp_path)
     ticket = TicketRewind({HIDDEN: 20}, epochs=2, rewind_to=3, controls=["shuffle"])
-    trainer(ticket, epochs=6, logger=logger, **options).fit(module(), data())
+    trainer(ticket, epochs=6, logger=logger, **options).fit(module(), data(), data())
     file = Path(logger.log_dir) / "metrics.csv"
     rows = list(csv.DictReader(file.open())) if file.exists() else []
     branches = [report.branch for report in ticket.reports]

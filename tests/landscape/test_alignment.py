@@ -152,19 +152,19 @@ def test_tensorboard_shows_the_filters_over_training(tmp_path: Path) -> None:
     trainer(callback, CPNAPruning({"net.0.weight": 24}), epochs=4, logger=logger).fit(module, data())
     ask = tensorboard(tmp_path)
     points = ask("scalars/scalars?run=run&tag=alignment/net.0.weight/median_angle")
-    assert [point[1] for point in points] == [0, 8, 16]
+    assert [point[1] for point in points] == [0, 7, 15]
     assert points[-1][2] == pytest.approx(alignment(filters_of(module, "net.0.weight"), 2).angle(), rel=1e-5)
     trained = alignment(filters_of(module, "net.0.weight"), 2)
     for name, value in (("within_15", trained.share_within(15)), ("frame_potential", trained.frame_potential)):
         assert ask(f"scalars/scalars?run=run&tag=alignment/net.0.weight/{name}")[-1][2] == pytest.approx(
             value, rel=1e-5
         )
-    [table] = tmp_path.glob("run/00016/**/metadata.tsv")
+    [table] = tmp_path.glob("run/00015/**/metadata.tsv")
     expected = [f"{unit}\t{cluster}" for unit, cluster in zip(trained.units, trained.clusters, strict=True)]
     assert table.read_text().splitlines()[1:] == expected
     assert len(ask("images/images?run=run&tag=alignment/net.0.weight")) == 3
     embeddings = ask("projector/info?run=run")["embeddings"]
-    assert [one["tensorName"] for one in embeddings] == [f"alignment/net.0.weight:{step:05d}" for step in (0, 8, 16)]
+    assert [one["tensorName"] for one in embeddings] == [f"alignment/net.0.weight:{step:05d}" for step in (0, 7, 15)]
 
 
 def test_a_layer_that_is_pruned_below_its_clusters_or_breaks_does_not_end_the_fit(tmp_path: Path) -> None:
