@@ -74,7 +74,7 @@ results-tickets: env
 	$(BIN)/python -m examples.xor.retrain --k 5 --seeds 5 --first-seed 3000 --out runs/retrain/5
 	$(BIN)/python -m examples.xor.retrain --from-results runs/retrain/34 runs/retrain/5 --out examples/xor/results/retrain --page RESULTS.md
 
-# What RESULTS.md says of the UCI sets: the search on the training part of split 0, then ten other splits.
+# What RESULTS.md says of the UCI sets: the search on the training part of split 0, then twenty other splits, of ISOLET ten.
 results-uci: env
 	$(BIN)/python -m examples.uci.search all --out runs/uci
 	cp runs/uci/search_*.csv runs/uci/chosen.json examples/uci/results/

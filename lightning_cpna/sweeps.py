@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -164,7 +165,7 @@ def save_rows(rows: Iterable[Mapping[str, Any]], file: str | Path) -> Path:
     """Write rows as a table; return the file.
 
     Args:
-        rows: Entries by column name; a column that a row lacks is empty in it, and so is one that is None.
+        rows: Entries by column name; a column that a row lacks is empty in it, and so is one that is None or NaN.
         file: Its ending says how: ``.csv`` or ``.parquet``; its folder is made if need be.
 
     Raises:
@@ -193,7 +194,7 @@ def save_rows(rows: Iterable[Mapping[str, Any]], file: str | Path) -> Path:
 
 
 def load_rows(file: str | Path) -> list[Row]:
-    """Read what `save_rows` wrote; a row has no entry where its column is empty.
+    """Read what `save_rows` wrote; a row has no entry where its column is empty, as it is for None and NaN.
 
     A CSV file has no types: a column of which every value reads as a number is one of numbers, of whole ones if all are.
 
@@ -220,14 +221,17 @@ def log_hparams(rows: Iterable[Row], hparams: Sequence[str], metrics: Sequence[s
         folder: The log directory; runs in it are named by their hyper-parameters, and replace earlier ones of that name.
 
     Raises:
-        KeyError: If a row lacks a column.
-        ValueError: If two rows have the same hyper-parameters.
+        ValueError: If a row lacks a column or has no number as a metric, or two rows have the same hyper-parameters.
     """
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams as summaries
 
     named: dict[str, Row] = {}
     for row in rows:
+        if missing := [key for key in (*hparams, *metrics) if key not in row]:
+            raise ValueError(f"rows: one has no {missing[0]!r}; it has {', '.join(map(repr, row))}")
+        if texts := [key for key in metrics if not isinstance(row[key], Real)]:
+            raise ValueError(f"metrics: {texts[0]!r} is {row[texts[0]]!r} in a row; allowed are numbers")
         name = ",".join(f"{key}={row[key]}" for key in hparams).replace("/", "_")
         if name in named:
             raise ValueError(

@@ -283,6 +283,11 @@ def test_tensorboard_reads_the_hyper_parameters_and_metrics(tmp_path: Path) -> N
         found[hparams["lr"].number_value] = events.Scalars("hparam/auc")[0].value
         assert set(hparams) == {"lr", "score"}
     assert found == {0.1: 0.5, 0.2: 0.75}
+    with pytest.raises(ValueError, match="rows: one has no 'los'; it has 'score', 'loss'"):
+        log_hparams([{"score": "path", "loss": 1.0}], ["score"], ["los"], tmp_path)
+    for bad in ("low", None):
+        with pytest.raises(ValueError, match=f"metrics: 'loss' is {bad!r} in a row; allowed are numbers"):
+            log_hparams([{"score": "path", "loss": bad}], ["score"], ["loss"], tmp_path)
     with pytest.raises(ValueError, match="two rows have the hyper-parameters score=path"):
         log_hparams(rows, ["score"], ["auc"], tmp_path)
 

@@ -240,7 +240,8 @@ def test_no_network_is_trained_longer_than_another() -> None:
 
 def test_the_commands_search_retrain_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "uci", lambda name, folder: blobs(150, 4, 21))
-    chosen = tmp_path / "chosen.json"
+    out = tmp_path / "quick"
+    chosen = out / "chosen.json"
     common = ["car", "car", "--quick", "--jobs", "1", "--out", str(tmp_path)]
     monkeypatch.setattr(search, "HIDDEN", [8, 4])
     search.main(common)
@@ -248,18 +249,34 @@ def test_the_commands_search_retrain_and_go_on(tmp_path: Path, monkeypatch: pyte
     settings = json.loads(chosen.read_text())["car"]
     assert set(settings) == {"NN (best)", "NN (equivalent)", "CPNA"}
     assert settings["NN (best)"]["hidden"] in (8, 4)
-    assert len(load_rows(tmp_path / "search_grid.csv")) == 2 * 3 * 4 * 5
+    assert len(load_rows(out / "search_grid.csv")) == 2 * 3 * 4 * 5
     command.main([*common, "--methods", *METHODS])
-    rows = load_rows(tmp_path / "table3.csv")
-    assert load_rows(tmp_path / "table3.parquet") == rows
+    rows = load_rows(out / "table3.csv")
+    assert load_rows(out / "table3.parquet") == rows
     assert len(rows) == len(METHODS) * 2 * 2
     assert {row["seed"] for row in rows} == {10, 11}
     by_method = {row["method"]: row for row in rows}
     assert by_method["NN (equivalent)"]["live_input"] + by_method["NN (equivalent)"]["live_hidden"] == 150
     assert by_method["nodes"]["effective_input"] == 126
-    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()}
+    before = {file: file.stat().st_mtime_ns for file in (out / "runs").iterdir()}
     command.main([*common, "--methods", *METHODS])
-    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()} == before
+    assert {file: file.stat().st_mtime_ns for file in (out / "runs").iterdir()} == before
+
+
+def test_data_that_are_not_there_are_missed_before_anything_is_trained(tmp_path: Path) -> None:
+    for run in (command.main, search.main):
+        with pytest.raises(SystemExit, match=r"error: isolet: .*uci.*--data.*does not have this file"):
+            run(["isolet", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_sets_are_split_as_often_as_the_page_says() -> None:
+    settings = command.parse(["car", "isolet", "--methods", "CPNA", "--protocol", "paper"]).settings
+    assert [(s["set"], s["seeds"]) for s in settings] == [
+        ("car", list(range(10, 20))),
+        ("car", list(range(20, 30))),
+        ("isolet", list(range(10, 20))),
+    ]
 
 
 def test_what_was_not_searched_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,7 @@ class Problem(NamedTuple):
         batch_size: Their samples a step.
         epochs: Their phases; those of the two NN take as many epochs together.
         grid_epochs: How long a network of the grid is trained.
+        splits: How many are reported.
     """
 
     title: str
@@ -56,6 +57,7 @@ class Problem(NamedTuple):
     batch_size: int
     epochs: Epochs
     grid_epochs: int
+    splits: int = 20
 
 
 def _cells(best: tuple[Any, ...], equivalent: tuple[Any, ...], cpna: tuple[Any, ...]) -> dict[str, Paper]:
@@ -117,6 +119,7 @@ PROBLEMS = {
         batch_size=32,
         epochs=Epochs(15, 20, 25, 25),
         grid_epochs=30,
+        splits=10,
     ),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,21 @@ from examples.uci.training import Epochs, Job, Plan, train
 
 VALIDATION = 0.1  # of the training part, where the epoch is chosen on it
 SEARCHED_SPLIT = 0  # whose training part is searched; none that is reported
+
+
+def check_data(sets: Iterable[str], folder: Path | None) -> None:
+    """Exit with an error where a set is not there, before anything is trained.
+
+    Args:
+        sets: Keys of `PROBLEMS`.
+        folder: The data folder; None is the one that ``LIGHTNING_CPNA_DATA`` names, or a download.
+    """
+    for name in sets:
+        try:
+            uci(name, folder)
+        except (OSError, ValueError) as error:
+            hint = "" if isinstance(error, FileNotFoundError) else "; --data names a folder that has it"
+            raise SystemExit(f"error: {name}: {error}{hint}") from None
 
 
 def _train(

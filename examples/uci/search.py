@@ -1,4 +1,4 @@
-"""The search for each set's settings, on folds of the training part of one split: `python -m examples.uci.search`."""
+"""The search for each set's settings, on folds of the training part of one split: `python -m examples.uci.search car`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from examples.arguments import add_sweep_arguments, at_least, run_sweep
 from examples.results import Row, mean_and_spread
 from examples.uci.recipes import PROBLEMS, add_sets, dense, named, phases, shortened
-from examples.uci.runs import cross_validate
+from examples.uci.runs import check_data, cross_validate
 from examples.uci.training import Epochs
 from lightning_cpna.sweeps import grid, log_hparams, save_rows
 
@@ -117,16 +117,20 @@ def main(arguments: list[str] | None = None) -> None:
         type=at_least(1),
         help="draws of the five folds for each setting (default: 1, for CPNA on segmentation 5; paper: 10)",
     )
-    parser.add_argument("--quick", action="store_true", help="a tenth of the epochs")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the epochs, in the folder quick")
     add_sweep_arguments(parser, "runs/uci")
     args = parser.parse_args(arguments)
+    args.sets = named(args.sets)
+    if args.quick:
+        args.out = args.out / "quick"
     console = Console()
-    sets, file = named(args.sets), args.out / "chosen.json"
+    sets, file = args.sets, args.out / "chosen.json"
     chosen: dict[str, dict[str, Choice]] = json.loads(file.read_text()) if file.is_file() else {}
     for stage in sorted(args.stages, key=list(STAGES).index):
         earlier, method = BEFORE.get(stage, ("", ""))
         if earlier and (missing := [name for name in sets if method not in chosen.get(name, {})]):
             parser.error(f"argument --stages: {stage} comes after {earlier}, which {file} has not for {missing}")
+        check_data(sets, args.data)
         wanted = [
             setting | {"run": run} | ({"epochs": list(shortened(Epochs(*setting["epochs"]), 10))} if args.quick else {})
             for name in sets
@@ -152,7 +156,8 @@ def main(arguments: list[str] | None = None) -> None:
             ]
             log_hparams(points, keys, ["validation"], args.out / "tensorboard" / stage / name)
         file.write_text(json.dumps(chosen, indent=1) + "\n")
-    console.print(f"chosen:   {file}")
+    console.print(f"chosen:   {file}; to train with it: python -m examples.uci ... --chosen {file}")
+    console.print(f"TensorBoard: {args.out / 'tensorboard'}")
 
 
 if __name__ == "__main__":
