@@ -126,11 +126,14 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console()
     sets, file = args.sets, args.out / "chosen.json"
     chosen: dict[str, dict[str, Choice]] = json.loads(file.read_text()) if file.is_file() else {}
-    for stage in sorted(args.stages, key=list(STAGES).index):
+    stages = sorted(args.stages, key=list(STAGES).index)
+    for stage in stages:
         earlier, method = BEFORE.get(stage, ("", ""))
-        if earlier and (missing := [name for name in sets if method not in chosen.get(name, {})]):
+        missing = [name for name in sets if method not in chosen.get(name, {})]
+        if missing and earlier not in ("", *stages):
             parser.error(f"argument --stages: {stage} comes after {earlier}, which {file} has not for {missing}")
-        check_data(sets, args.data)
+    check_data(sets, args.data)
+    for stage in stages:
         wanted = [
             setting | {"run": run} | ({"epochs": list(shortened(Epochs(*setting["epochs"]), 10))} if args.quick else {})
             for name in sets

@@ -428,10 +428,11 @@ class TicketRewind(SparsityCallback):
         logged = {f"{self.name}/{report.branch}/connections": float(report.connections)}
         if value is not None:
             logged[f"{self.name}/{report.branch}/{self.monitor}"] = value
-        give_loggers(trainer, logged, last_step(trainer))
+        step = last_step(trainer)
+        give_loggers(trainer, logged, step)
         if trainer.is_global_zero and value is not None:
             draw = partial(plot_tickets, self.reports, self.monitor)
-            log_figure(trainer.loggers, f"{self.name}/tickets", draw, last_step(trainer))
+            log_figure(trainer.loggers, f"{self.name}/tickets", draw, step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the fit with the last round."""

@@ -208,16 +208,13 @@ def test_of_several_callbacks_one_draws_and_each_tells_its_plan() -> None:
 
 
 def test_pictures_have_the_steps_of_the_counts_where_a_batch_takes_two() -> None:
-    steps = [
-        1,
-        *range(3, 20, 2),
-    ]  # of batches, from 0: those whose count is logged, and drawn if there is something new
+    steps = {1, *range(3, 20, 2)}  # batches, from 0, that take steps, after which there is something new
     pruning = CPNAPruning({"net.2.weight": 2}, schedule=Geometric(1, 8), normalize=False)
     drawn = [step for _, step in fitted(pruning, module=TwoSteps()).figures]
     assert drawn == sorted(set(drawn))
     assert drawn[0] == 0
     assert drawn[-1] == 19
-    assert set(drawn[1:-1]) < set(steps)
+    assert set(drawn[1:-1]) < steps
 
 
 def test_a_resumed_fit_tells_what_is_left_to_do(tmp_path: Path) -> None:
