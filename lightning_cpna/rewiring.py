@@ -72,8 +72,8 @@ def weakest(weights: Tensor, zeta: float, generator: torch.Generator | None = No
     n_negative = count_true(weights < 0)
     n_low = math.floor(rest * n_negative + 1e-9)
     n_high = math.floor(rest * (len(weights) - n_zero - n_negative) + 1e-9)
-    low = _nth(weights, n_negative - n_low) if n_low else 0.0
-    high = _nth(weights, n_negative + n_zero + n_high - 1) if n_high else 0.0
+    low = float(nth_of(weights[None], n_negative - n_low)) if n_low else 0.0
+    high = float(nth_of(weights[None], n_negative + n_zero + n_high - 1)) if n_high else 0.0
     gone = (weights >= low) & (weights <= high)
     if count_true(gone) > len(zeros) + n_low + n_high:
         gone &= weights != 0
@@ -82,14 +82,6 @@ def weakest(weights: Tensor, zeta: float, generator: torch.Generator | None = No
             if n_tied := count_true(weak) - n:
                 gone[cells_of(weak & (weights == edge))[-n_tied:]] = False
     return gone
-
-
-def _nth(values: Tensor, place: int) -> float:
-    """Return what stands at a place of the sorted values."""
-    if not values.is_cpu:
-        return float(values.kthvalue(place + 1).values)
-    wide = values.to(torch.promote_types(values.dtype, torch.float32)).numpy()
-    return float(nth_of(wide[None], place)[0])
 
 
 @torch.no_grad()

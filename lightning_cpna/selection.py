@@ -74,28 +74,31 @@ def _at_least_the_nth(rows: Tensor, n: int) -> tuple[Tensor, Tensor, int, float]
     Returns:
         The marks, that score ``(member, 1)``, the number of marks, and the lowest of those scores, NaN if any score is.
     """
-    position = rows.shape[1] - n
+    nth = nth_of(rows, rows.shape[1] - n)
     if not rows.is_cpu:
-        nth = torch.kthvalue(rows, position + 1, dim=1, keepdim=True).values
         keep = rows >= nth
         return keep, nth, int(keep.sum()), float(torch.where(rows.isnan().any(), torch.nan, nth.min()))
     scores = rows.numpy()  # NumPy's selection and comparison take a tenth of torch's time
-    edges = nth_of(scores, position)[:, None]
-    marks = scores >= edges
-    lowest = math.nan if math.isnan(scores.max()) else float(edges.min())
-    return torch.from_numpy(marks), torch.from_numpy(edges), int(np.count_nonzero(marks)), lowest
+    marks = scores >= nth.numpy()
+    lowest = math.nan if math.isnan(scores.max()) else float(nth.min())
+    return torch.from_numpy(marks), nth, int(np.count_nonzero(marks)), lowest
 
 
-def nth_of(rows: NDArray[np.floating[Any]], place: int) -> NDArray[np.floating[Any]]:
-    """Return what stands at a place of each sorted row, NaN last, as ``np.partition`` finds it.
+def nth_of(rows: Tensor, place: int) -> Tensor:
+    """Return what stands at a place of each sorted row, NaN last, in float32 or better: ``(row, 1)``.
 
     Examples:
-        >>> nth_of(np.array([[0.5, 0.1, 0.3], [0.2, 0.9, 0.4]]), 1)
-        array([0.3, 0.4])
+        >>> nth_of(torch.tensor([[0.5, 0.1, 0.3], [0.2, 0.9, 0.4]]), 1)
+        tensor([[0.3000],
+                [0.4000]])
     """
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    if not rows.is_cpu:
+        return torch.kthvalue(rows, place + 1, dim=1, keepdim=True).values
+    values = rows.numpy()
     if rows.shape[1] < MANY:
-        return np.partition(rows, place, axis=1)[:, place]
-    return np.array([_nth_of_many(row, place) for row in rows])
+        return torch.from_numpy(np.partition(values, place, axis=1)[:, [place]])
+    return torch.from_numpy(np.array([[_nth_of_many(row, place)] for row in values]))
 
 
 def _nth_of_many(values: NDArray[np.floating[Any]], place: int) -> np.floating[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from lightning_cpna._lightning import Callback, LightningModule, Trainer
 from lightning_cpna.activations import Watch
 from lightning_cpna.callbacks.board import ConnectivityPictures, PlanRow, log_text, plan_text
 from lightning_cpna.callbacks.capture import Capture, is_compiled, trace_few
+from lightning_cpna.callbacks.log import Log, last_step
 from lightning_cpna.cells import cells_of, pack, unpack
 from lightning_cpna.graph import Graph
 from lightning_cpna.layers import layers_of
@@ -48,14 +49,13 @@ class Fit:
         sparsity: The module's masks, shared by all callbacks.
         budgets: The budgets of this callback.
         leads: Whether this is the first of our callbacks, which does what is done once.
+        log: Takes this callback's numbers to whoever wants them.
         pictures: Of the connectivity, which the first of our callbacks draws.
         optimizers: The trainer's optimizers.
         handles: The hooks on them.
         capture: Records a batch.
         planned: Whether it is decided what will be done when.
         is_told: Whether the loggers know that.
-        logged_at_target: What was logged last.
-        given: At which batch the loggers were given which values last.
         averaged_version: The version of the masks when averages of the weights were masked last.
         watch: What the units did, for callbacks that ask.
         watching: Open while a batch is watched.
@@ -71,14 +71,13 @@ class Fit:
     sparsity: Sparsity
     budgets: list[Budget]
     leads: bool
+    log: Log
     pictures: ConnectivityPictures
     optimizers: list[Optimizer] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
     capture: Capture | None = None
     planned: bool = False
     is_told: bool = False
-    logged_at_target: bool | None = None
-    given: dict[str, tuple[int, float]] = field(default_factory=dict)
     averaged_version: int = -1
     watch: Watch | None = None
     watching: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -304,8 +303,8 @@ class SparsityCallback(Callback):
             sparsity.graph, sparsity.untraced, sparsity.calls, sparsity.budgets = None, None, [], []
             sparsity.find_targets(pl_module)
             sparsity.masks.apply_(sparsity.tensors)
-        pictures = ConnectivityPictures(f"{self.name}/connectivity")
-        self._fit = Fit(trainer, pl_module, sparsity, self._find_budgets(sparsity, pl_module), leads, pictures)
+        log, pictures = Log(trainer, self.name), ConnectivityPictures(f"{self.name}/connectivity")
+        self._fit = Fit(trainer, pl_module, sparsity, self._find_budgets(sparsity, pl_module), leads, log, pictures)
         for name in self._fit.names:
             n_zeros = int((sparsity.tensors[name] == 0).sum())
             mask = sparsity.masks[name]
@@ -432,28 +431,23 @@ class SparsityCallback(Callback):
         fit, step = self._running(), trainer.fit_loop.epoch_loop._batches_that_stepped
         for callback in ours(trainer):  # what is counted here must hold when all have acted
             callback._act(callback._running(), step)
-        if trainer.fit_loop._should_accumulate():
-            return
-        # Lightning's log takes about a millisecond a value, so values are logged when they are wanted, or are news.
-        at_target = self._at_target(fit)
-        if at_target == fit.logged_at_target and not _logs(trainer):
-            return
-        fit.logged_at_target = at_target
-        values = self._totals(fit) | self._prefixed(self._values(fit))
-        self._show(pl_module, values)
-        self._give(fit, values, step)
-        self._draw(fit, step)
+        if not trainer.fit_loop._should_accumulate() and fit.log.is_due(self._at_target(fit)):
+            values = self._totals(fit) | self._values(fit)
+            fit.log.show(pl_module, values)
+            fit.log.give(values, step)
+            self._draw(fit, step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log how many connections there are."""
-        values = self._totals(self._running())
-        self._show(pl_module, values, sync_dist=True, reduce_fx="max")
-        self._give(self._running(), values, last_step(trainer))
+        fit = self._running()
+        values = self._totals(fit)
+        fit.log.show(pl_module, values, sync_dist=True, reduce_fx="max")
+        fit.log.give(values, last_step(trainer))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let who monitors a validation know how many connections there are."""
         if self._fit is not None and not trainer.sanity_checking:
-            self._show(pl_module, self._totals(self._fit), sync_dist=True, reduce_fx="max")
+            self._fit.log.show(pl_module, self._totals(self._fit), sync_dist=True, reduce_fx="max")
 
     def _act(self, fit: Fit, step: int) -> None:
         """Do what is to be done after a batch, if it is not done yet."""
@@ -463,21 +457,6 @@ class SparsityCallback(Callback):
             self._tell_plan(fit, step)
         self._catch_up(fit)
 
-    def _show(self, pl_module: LightningModule, values: dict[str, float], **how: Any) -> None:
-        """Give values to the progress bar and to callbacks that monitor them.
-
-        The loggers are not left to Lightning: where a run is stopped it gives them what was logged last, however old.
-        """
-        connections = f"{self.name}/connections"
-        pl_module.log(connections, values[connections], prog_bar=True, logger=False, **how)
-        others = {key: value for key, value in values.items() if key != connections}
-        pl_module.log_dict(others, logger=False, **how)
-
-    def _give(self, fit: Fit, values: dict[str, float], step: int) -> None:
-        """Give the loggers values that they do not have yet."""
-        give_loggers(fit.trainer, {k: value for k, value in values.items() if fit.given.get(k) != (step, value)}, step)
-        fit.given |= {key: (step, value) for key, value in values.items()}
-
     def _totals(self, fit: Fit) -> dict[str, float]:
         """Count what lives in all of this callback's layers, for the log."""
         names = fit.names or list(fit.sparsity.masks)
@@ -485,10 +464,7 @@ class SparsityCallback(Callback):
             fit.sparsity.add_mask(name)
         live = sum(fit.sparsity.masks[name].n_live for name in names)
         size = sum(fit.sparsity.size(name) for name in names)
-        return self._prefixed({"connections": live, "density": live / size, "at_target": self._at_target(fit)})
-
-    def _prefixed(self, values: Mapping[str, float]) -> dict[str, float]:
-        return {f"{self.name}/{key}": float(value) for key, value in values.items()}
+        return {"connections": live, "density": live / size, "at_target": self._at_target(fit)}
 
     def _see(self, fit: Fit) -> None:
         """Look at what ran in this batch, and plan once the targets did."""
@@ -607,7 +583,7 @@ class SparsityCallback(Callback):
         self._note_graph(fit)
         fit.restore()
         step = last_step(trainer)
-        self._give(fit, self._totals(fit) | self._prefixed(self._values(fit)), step)
+        fit.log.give(self._totals(fit) | self._values(fit), step)
         self._draw(fit, max(0, step), last=True)
         for budget in fit.budgets:
             if (n := fit.sparsity.n_remaining(budget)) > budget.n_end:
@@ -651,27 +627,6 @@ def in_full_shapes(trainer: Trainer) -> Iterator[None]:
     yield
     if shrinks:
         fit.shrinking, fit.live_at_cut = Shrinking(fit.module, fit.sparsity, fit.optimizers), 0
-
-
-def _logs(trainer: Trainer) -> bool:
-    """Tell whether the loggers are due in this batch, which ends with an optimizer step."""
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return every > 0 and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
-
-
-def last_step(trainer: Trainer) -> int:
-    """Return where loggers put the batch that has ended: they count those with an optimizer step, from 0."""
-    n: int = trainer.fit_loop.epoch_loop._batches_that_stepped
-    return n if trainer.validating else n - 1  # which rises after the validation
-
-
-def give_loggers(trainer: Trainer, values: dict[str, float], step: int) -> None:
-    """Give the loggers values at a step, counted as in ``last_step``."""
-    if trainer.log_every_n_steps and values and step >= 0:  # type: ignore[attr-defined]
-        epochs: Any = trainer.fit_loop.epoch_progress.current
-        epoch = max(0, epochs.started - 1)  # where an epoch has ended, current_epoch is the next one
-        for logger in trainer.loggers:
-            logger.log_metrics(values | {"epoch": epoch}, step=step)
 
 
 def ours(trainer: Trainer) -> list[SparsityCallback]:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_cpna._lightning import Callback, LightningModule, Trainer
 from lightning_cpna.activations import Watch
-from lightning_cpna.callbacks.base import give_loggers, last_step
 from lightning_cpna.callbacks.capture import Capture, running_eagerly, trace_few
+from lightning_cpna.callbacks.log import give_loggers, last_step
 from lightning_cpna.graph import Graph
 from lightning_cpna.landscape.alignment import Alignment, alignment, filters_of, plot_alignment
 from lightning_cpna.layers import layers_of

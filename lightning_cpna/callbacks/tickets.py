@@ -20,12 +20,11 @@ from lightning_cpna.callbacks.base import (
     agree,
     averaging,
     broadcast,
-    give_loggers,
     in_full_shapes,
-    last_step,
     ours,
 )
 from lightning_cpna.callbacks.board import in_words
+from lightning_cpna.callbacks.log import give_loggers, last_step
 from lightning_cpna.callbacks.order import BatchOrder
 from lightning_cpna.callbacks.scheduled import check_choice, check_targets
 from lightning_cpna.plots import log_figure, plot_tickets
