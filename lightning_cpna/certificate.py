@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -42,16 +43,44 @@ class Certificate:
         return (self.chance_loss - self.loss) / self.chance_spread if self.chance_spread else 0.0
 
 
+def failed(losses: Tensor) -> Tensor:
+    """Tell which tries have failed, bool ``(try,)``: those with a NaN, or a loss of minus infinity.
+
+    Args:
+        losses: As of `certify`.
+
+    Examples:
+        >>> failed(torch.tensor([[[0.1, 0.2]], [[0.1, torch.inf]], [[0.1, torch.nan]]]))
+        tensor([False, False,  True])
+    """
+    return (losses.isnan() | (losses == -torch.inf)).flatten(1).any(dim=1)
+
+
+def n_orders(labels: Tensor) -> float:
+    """Count the different orders in which some labels can stand: no p-value is much lower than one in so many.
+
+    Args:
+        labels: As of `certify`.
+
+    Examples:
+        >>> round(n_orders(torch.tensor([0, 0, 1, 1])))  # 0011 0101 0110 1001 1010 1100
+        6
+    """
+    log = math.lgamma(len(labels) + 1) - sum(math.lgamma(n + 1) for n in torch.bincount(labels).tolist())
+    return math.exp(log) if log < math.log(sys.float_info.max) else math.inf
+
+
 def certify(losses: Tensor, labels: Tensor, level: float, generator: torch.Generator) -> Certificate:
     """Compare the lowest loss of some tries on held-out examples with what it is if their labels are permuted.
 
     If labels do not depend on the features, the held-out ones are in random order, whatever the tries learned from the
     others, however many tries there are, and however the best is chosen: the p-value is exact, and needs no assumption about
-    how losses are distributed (Phipson and Smyth: Permutation p-values should never be zero, 2010, Eq. 2).
+    how losses are distributed (Phipson and Smyth: Permutation p-values should never be zero, 2010, Eq. 2). Examples must be
+    independent of each other: where some are repeated, or belong together (as those of one patient), it is too low.
 
     Args:
         losses: The loss of every try on every held-out example, if its label were each of those that there are, float64
-            ``(try, example, label)``. A try with a NaN or a loss of minus infinity has failed, and is left out.
+            ``(try, example, label)``. Tries that have ``failed`` are left out.
         labels: Which label each example has, int64 ``(example,)``.
         level: What the p-value must not exceed, in (0, 1).
         generator: Draws the permutations.
@@ -60,7 +89,7 @@ def certify(losses: Tensor, labels: Tensor, level: float, generator: torch.Gener
         The certificate.
 
     Raises:
-        ValueError: If no try has a finite mean loss, or the level is out of range.
+        ValueError: If no try has a finite mean loss, or an argument is out of range.
 
     Examples:
         >>> labels = torch.tensor([0, 1] * 20)
@@ -70,8 +99,18 @@ def certify(losses: Tensor, labels: Tensor, level: float, generator: torch.Gener
     """
     if not 0.0 < level < 1.0:
         raise ValueError(f"level is {level!r}; allowed is a float in (0, 1)")
-    n_labels = losses.shape[2]
-    losses = losses[~(losses.isnan() | (losses == -torch.inf)).flatten(1).any(dim=1)]
+    if losses.ndim != 3 or not losses.is_floating_point():
+        raise ValueError(
+            f"losses has shape {tuple(losses.shape)} and type {losses.dtype}; allowed are floats, (try, example, label)"
+        )
+    n_examples, n_labels = losses.shape[1:]
+    found = sorted(set(labels.flatten().tolist()))
+    if labels.shape != (n_examples,) or labels.dtype != torch.int64 or not set(found) <= set(range(n_labels)):
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}, type {labels.dtype} and values {found[:10]}; allowed are int64 from 0 "
+            f"to {n_labels - 1}, ({n_examples},), as losses has so many"
+        )
+    losses = losses[~failed(losses)]
     if not losses.gather(2, labels[None, :, None].expand(len(losses), -1, 1)).mean(dim=1).isfinite().any():
         raise ValueError("network: no try ended with a finite loss on the held-out examples")
     flat = losses.nan_to_num().flatten(1)  # (try, example * label); infinity is the largest number, which times 0 is 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import math
 import operator
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from lightning_cpna._lightning import Callback, LightningModule, Trainer
 from lightning_cpna.callbacks import CPNAPruning
-from lightning_cpna.certificate import Certificate, certify
+from lightning_cpna.certificate import Certificate, certify, failed, n_orders
 from lightning_cpna.compact import compact
 from lightning_cpna.layers import evaluating
 from lightning_cpna.mask import Mask
@@ -33,7 +34,9 @@ from lightning_cpna.sparsity import sparsity_of
 from lightning_cpna.stacked import describe, member, stack
 from lightning_cpna.sweeps import Backend, Row, SweepError, n_workers, sweep
 from lightning_cpna.tracing import trace
+from lightning_cpna.words import fingerprint
 
+MAX_HELD = 2000  # chosen: with more the certificate is hardly surer, and takes minutes at the default level
 MAX_CELLS = 40_000  # chosen: held-out examples times labels, at most; a file of eight tries then has some megabytes
 MAX_SCALE = 10.0  # chosen: by how much the scales of columns may differ without a warning
 FURTHER = 6  # each further count takes a sixth of the epochs of the first
@@ -48,7 +51,8 @@ class Restarts:
         n: How many tries there are at most.
         subset: How many features a try draws: an int is the number, a float in (0, 1] the fraction; several are used in turn.
         together: How many tries are trained as one stack.
-        held_out: The fraction of the examples that no try is trained on: the certificate is theirs.
+        held_out: The fraction of the examples that no try is trained on: the certificate is theirs. No more than 2000, nor,
+            where labels are many (regression), than 40,000 divided by the number of labels, or 200.
         pretraining: Epochs before the features are annealed.
         annealing: Epochs in which they are; a sixth as many for each further count.
         refit: Epochs for which a network is trained on the features found, with all examples.
@@ -71,7 +75,7 @@ class Restarts:
             if type(value := getattr(self, name)) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}; allowed is an int >= 1")
         for name in ("held_out", "level"):
-            if not 0 < (value := getattr(self, name)) < 1:
+            if not (isinstance(value := getattr(self, name), float) and 0 < value < 1):
                 raise ValueError(f"{name} is {value!r}; allowed is a float in (0, 1)")
 
     @property
@@ -132,8 +136,9 @@ def find_features(
 
     After each stack the lowest loss of all tries so far, on examples that none of them was trained on, is compared with what
     it is if the labels of these are permuted. The search ends when that cannot be chance, which is the certificate. Its
-    level, divided by the number of times that this is asked, is exact for any network and any number of tries (``certify``).
-    It says that labels depend on what was found, not that every one of the features is needed.
+    level, divided by the number of times that this is asked, is exact for any network and any number of tries, if examples
+    are independent of each other (``certify``). It says that labels depend on what was found, not that every one of the
+    features is needed.
 
     Args:
         network: From a number of features to a network, whose ``training_step`` takes batches ``(x, y)`` and returns their
@@ -147,7 +152,8 @@ def find_features(
         restarts: How many tries there are, and how long they train; None: as ``Restarts()`` says.
         seed: Of everything that is random.
         folder: Where finished tries are kept, so that a search that was killed goes on; None: nowhere. A search for other
-            features of other data finds nothing of its own there; with another network or trainer, take another folder.
+            features of other data, or with another network or trainer, finds nothing of its own there; where only the code
+            of methods has changed, take another folder.
         n_jobs: How many stacks are trained at a time, as in ``sweep``; what is found does not depend on it.
         backend: As in ``sweep``.
         console: Where the progress bar is drawn, as in ``sweep``.
@@ -168,19 +174,25 @@ def find_features(
     columns = list(getattr(x, "columns", ())) or None
     x, y = _tensor("x", x), _tensor("y", y)
     counts = _counts(n_features)
-    _check(network, trainer, x, y, counts, seed, columns)
+    if not hasattr(seed, "__index__") or seed < 0:
+        raise ValueError(f"seed is {seed!r}; allowed is an int >= 0")
+    seed = operator.index(seed)
+    _check(network, trainer, x, y, counts, columns)
     subsets = _subsets(restarts.subset, x.shape[1], counts[0])
     first = _seeded(0, partial(network, subsets[0]))
     dtype = next(first.parameters()).dtype
     x, y = x.to(dtype), y.to(dtype) if y.is_floating_point() else y
-    _try_out(first, x[:4, : subsets[0]], y[:4])
-    description = describe(first)
+    for n in (4, 1):  # losses on held-out examples are those of one
+        _try_out(first, x[:n, : subsets[0]], y[:n])
+    description = " ".join([describe(first), fingerprint(network), fingerprint(trainer)])
     weight, can_drop = _first_weight(first, x[:4, : subsets[0]])
     search = _Search(network, trainer, x, y, weight, can_drop, counts, restarts, seed, description)
+    _warn_of_few_orders(search)
     with tempfile.TemporaryDirectory() as temporary:
         options: dict[str, Any] = {"n_jobs": n_jobs, "backend": backend, "console": console}
         rows, certificate = _try_until_certified(search, search.stacks(subsets), folder or temporary, options)
-    best = min(rows, key=lambda row: row["loss"] if math.isfinite(row["loss"]) else math.inf)
+    tested = ~failed(torch.tensor([row["losses"] for row in rows]))
+    best = min(itertools.compress(rows, tested), key=lambda row: row["loss"])
     keys = ("stack", "place", "subset", "count", "features", "loss")
     return Found(
         tuple(best["features"]),
@@ -257,8 +269,9 @@ class _Search:
         """Draw what tries are trained on, and what is held out."""
         n, n_labels = len(self.y), len(torch.unique(self.y, dim=0))
         order = torch.randperm(n, generator=self._generator(_HELD_OUT))
-        n_held = max(2, round(self.restarts.held_out * n))
-        held = order[:n_held][: MAX_CELLS // min(n_labels, math.isqrt(MAX_CELLS))]
+        most = min(MAX_HELD, MAX_CELLS // min(n_labels, math.isqrt(MAX_CELLS)))
+        n_held = min(most, max(2, round(self.restarts.held_out * n)))
+        held = order[:n_held]
         return _Parts(order[n_held:], held, *torch.unique(self.y[held], dim=0, return_inverse=True))
 
     def _generator(self, *purpose: int) -> torch.Generator:
@@ -455,15 +468,15 @@ def _tensor(argument: str, values: Any) -> Tensor:
     array = np.asarray(values)
     if array.dtype.kind not in "bfiu":
         kinds = zip(values.columns, values.dtypes, strict=True) if hasattr(values, "columns") else ()
-        others = [name for name, kind in kinds if kind.kind not in "fiu"]
+        others = [name for name, kind in kinds if getattr(kind, "kind", "O") not in "fiu"]
+        if hasattr(values, "columns") and not others:  # numbers of a type that has missing values
+            return torch.tensor(values.to_numpy(float, na_value=math.nan))
         where = f" in columns {others[:10]}" if others else ""
         raise ValueError(f"{argument} holds {array.dtype}{where}; allowed are numbers")
     return torch.tensor(array)
 
 
-def _check(
-    network: Any, trainer: Any, x: Tensor, y: Tensor, counts: Sequence[int], seed: int, names: list[Any] | None
-) -> None:
+def _check(network: Any, trainer: Any, x: Tensor, y: Tensor, counts: Sequence[int], names: list[Any] | None) -> None:
     if isinstance(network, nn.Module) or not callable(network):
         raise ValueError(
             f"network is a {type(network).__name__}; allowed is a class or function of the number of features"
@@ -479,22 +492,37 @@ def _check(
         raise ValueError("y has type torch.bool; allowed are ints or floats, whichever the network's loss takes")
     if y.ndim < 1 or len(y) != len(x):
         raise ValueError(f"y has shape {tuple(y.shape)}; allowed is one label for each of the {len(x)} rows of x")
+    if n_bad := int((~y.isfinite()).flatten(1).any(dim=1).sum() if y.ndim > 1 else (~y.isfinite()).sum()):
+        raise ValueError(f"y has values that are not finite in {n_bad} of {len(y)} rows; allowed are numbers")
     if len(x) < 4:
         raise ValueError(f"x has {len(x)} rows; allowed is 4 or more, of which some are held out")
+    if len(torch.unique(y, dim=0)) < 2:
+        raise ValueError("y is the same in every row; allowed are two labels or more")
     if not x.isfinite().all():
         places = (~x.isfinite().all(dim=0)).nonzero().flatten().tolist()
         columns = places if names is None else [names[place] for place in places]
         raise ValueError(f"x has values that are not finite in columns {columns[:10]}; allowed are numbers")
     if not all(1 <= count < x.shape[1] for count in counts):
         raise ValueError(f"n_features is {list(counts)}; allowed are 1 to {x.shape[1] - 1}, fewer than x has columns")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; allowed is an int >= 0")
     spread, mean = torch.std_mean(x.double(), dim=0)
     spread, mean = spread[spread > 0], mean[spread > 0].abs()
     if len(spread) and (spread.max() > MAX_SCALE * spread.min() or (mean > MAX_SCALE * spread).any()):
         warnings.warn(
             f"x has columns whose standard deviations are from {spread.min():.2g} to {spread.max():.2g} and whose means are "
             f"up to {mean.max():.2g}: features are ranked by the norms of their weights, so scale the columns alike first",
+            stacklevel=3,
+        )
+
+
+def _warn_of_few_orders(search: _Search) -> None:
+    """Warn if the certificate hardly can hold, whatever is found."""
+    restarts, which = search.restarts, search.parts().which
+    needed, possible = restarts.n_stacks / restarts.level, n_orders(which)
+    if possible < needed:
+        warnings.warn(
+            f"the labels of {len(which)} held-out examples can stand in {possible:.3g} orders, fewer than the {needed:.3g} "
+            f"that a certificate compares with ({restarts.n_stacks} stacks / level {restarts.level}), so it will hardly ever "
+            "hold; hold out more (held_out), ask less often (a smaller n, or more tries together), or raise the level",
             stacklevel=3,
         )
 
@@ -524,9 +552,15 @@ def _first_weight(network: LightningModule, x: Tensor) -> tuple[str, bool]:
 
 def _try_out(network: LightningModule, x: Tensor, y: Tensor) -> None:
     """Let a network by itself compute the loss of a batch, so that what it cannot do is said by itself."""
-    with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng():
+    with warnings.catch_warnings(), torch.no_grad(), evaluating(network):
         warnings.filterwarnings("ignore", message=".*self.trainer. reference is not registered")
-        network.training_step((x, y), 0)
+        try:
+            network.training_step((x, y), 0)
+        except Exception as error:
+            error.add_note(
+                f"network: this is its training_step with a batch of {len(x)}; find_features needs 1 or more"
+            )
+            raise
 
 
 def _seeded(seed: int, build: Callable[[], LightningModule]) -> LightningModule:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_cpna.moments import is_elementwise
 from lightning_cpna.targets import Axes, ListedAxes, all_targets, axes_of
+from lightning_cpna.words import fingerprint
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -407,18 +408,19 @@ def _check(one: nn.Module, first: nn.Module, place: int) -> None:
 
 
 def _modules(module: nn.Module) -> dict[str, str]:
-    """Describe the parts of a module by name: what they are, and their attributes that are numbers or words."""
+    """Describe the parts of a module by name: what they are, and their attributes."""
     return {name: _described(part) for name, part in module.named_modules()}
 
 
 def _described(part: nn.Module) -> str:
-    simple = {
-        key: value
-        for key, value in [*vars(part).items(), *dict(getattr(part, "hparams", {})).items()]
-        if not key.startswith("_") and key != "training" and isinstance(value, int | float | str | tuple)
-    }
+    attributes = [*vars(part).items(), *dict(getattr(part, "hparams", {})).items()]
+    described = [
+        f"{key!r}: {fingerprint(value)}"
+        for key, value in attributes
+        if not key.startswith("_") and key not in ("training", "parameter_axes")
+    ]
     mode = "training" if part.training else "eval"
-    return f"{type(part).__name__}({part.extra_repr()}) in {mode} mode with {simple}"
+    return f"{type(part).__name__}({part.extra_repr()}) in {mode} mode with {{{', '.join(described)}}}"
 
 
 def describe(module: nn.Module) -> str:

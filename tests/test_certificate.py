@@ -123,6 +123,36 @@ def test_a_single_permutation_has_no_spread(monkeypatch: pytest.MonkeyPatch) -> 
     assert (found.p_value, found.chance_spread, found.margin) == (1.0, 0.0, 0.0)
 
 
+@pytest.mark.parametrize("labels", [[0], [0, 0, 0], [0, 0, 1, 1], [0, 1, 1, 2, 2], [0, 1, 2, 3, 4]])
+def test_orders_are_counted_as_by_writing_them_all_down(labels: list[int]) -> None:
+    expected = len(set(itertools.permutations(labels)))
+    assert certificate.n_orders(torch.tensor(labels)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_orders_that_are_more_than_a_float_can_hold_are_infinite() -> None:
+    assert certificate.n_orders(torch.arange(200)) == torch.inf
+
+
+@pytest.mark.parametrize(
+    ("losses", "labels", "message"),
+    [
+        (torch.rand(4, 2), torch.tensor([0, 1, 0, 1]), r"losses has shape \(4, 2\) and type torch.float32"),
+        (torch.ones(1, 4, 2).long(), torch.tensor([0, 1, 0, 1]), "type torch.int64; allowed are floats"),
+        (
+            torch.rand(1, 4, 2),
+            torch.tensor([0, 1, 0]),
+            r"labels has shape \(3,\).*allowed are int64 from 0 to 1, \(4,\)",
+        ),
+        (torch.rand(1, 4, 2), torch.tensor([0, 1, 0, 2]), r"values \[0, 1, 2\]; allowed are int64 from 0 to 1"),
+        (torch.rand(1, 4, 2), torch.tensor([0, 1, 0, -1]), r"values \[-1, 0, 1\]"),
+        (torch.rand(1, 4, 2), torch.tensor([0.0, 1.0, 0.0, 1.0]), "type torch.float32"),
+    ],
+)
+def test_losses_and_labels_that_do_not_fit_are_named(losses: Tensor, labels: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        certify(losses, labels, 0.01, generator())
+
+
 @pytest.mark.parametrize("level", [0.0, 1.0, 2.0, -0.1])
 def test_a_level_out_of_range_is_refused(level: float) -> None:
     with pytest.raises(ValueError, match=rf"level is {level}; allowed is a float in \(0, 1\)"):

@@ -59,11 +59,14 @@ def test_the_frontiers_tables_from_rows_made_by_hand() -> None:
     rows = [
         frontier_row("restarts", 1, solved=True, auc=99.0, **search),
         frontier_row("restarts", 2, solved=False, auc=80.0, **failed),
-        frontier_row("cpna_all", 1, solved=False, auc=50.0),
+        frontier_row("cpna_all", 1, solved=False, auc=50.0, tries=1),
+        frontier_row("fsa_cpna", 1, solved=True, auc=99.0, tries=1),
+        frontier_row("fsa_cpna", 2, solved=True, auc=99.0, tries=3),
+        frontier_row("fsa_cpna", 3, solved=False, auc=50.0, tries=1),
     ]
     lines = frontier.table(rows).splitlines()
     assert lines[2] == "| 3-D p=60 | 2 | 1 of 2 | 2 of 2 | 12.0 (16) | 6.5 (8) | 89.50 ± 13.44 (80.00) |"
-    assert lines[-1] == "| 3-D p=60 | 0 of 1 |  | 1 of 2 |"
+    assert lines[-1] == "| 3-D p=60 | 0 of 1 | 2 of 3 (1 at once) | 1 of 2 |"
 
 
 def test_columns_that_correlate_with_another_are_those_of_a_brute_force() -> None:

@@ -255,6 +255,18 @@ def test_subsets_are_used_in_turn() -> None:
     assert [row["subset"] for row in found.rows] == [12, 9, 6]
 
 
+class Acts(Net):
+    """A network with attributes that are functions, or that no attribute tells."""
+
+    def __init__(self, n_features: int, act: Callable[[Tensor], Tensor] = torch.relu, lr: float = 0.1) -> None:
+        super().__init__(n_features)
+        self.act, self._lr = act, lr
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net[2](self.act(self.net[0](x))).squeeze(-1)
+        return logits
+
+
 class Regression(Net):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:  # type: ignore[override]
         return {"loss": nn.functional.mse_loss(self(batch[0]), batch[1])}
@@ -288,6 +300,17 @@ def test_arrays_and_tables_are_searched_as_tensors_of_the_networks_type(kind: st
     assert search(*given[kind]).rows == search(x, y).rows
 
 
+def test_a_table_whose_type_has_missing_values_is_searched_as_any_other() -> None:
+    x, y = xor()
+    table = pd.DataFrame(x.double().numpy()).astype("Float64").assign(count=range(N)).convert_dtypes()
+    same = pd.DataFrame(x.double().numpy()).assign(count=range(N))
+    with pytest.warns(UserWarning, match="scale the columns alike"):
+        assert search(table, y, restarts=ONCE).rows == search(same, y, restarts=ONCE).rows
+    table.iloc[5, 3] = pd.NA
+    with pytest.raises(ValueError, match=r"x has values that are not finite in columns \[3\]"):
+        search(table, y)
+
+
 def test_columns_of_other_scales_are_warned_of() -> None:
     x, y = xor()
     for other in (x * torch.logspace(-1, 1, P), x + 100):
@@ -297,18 +320,76 @@ def test_columns_of_other_scales_are_warned_of() -> None:
 
 def test_what_a_network_cannot_do_is_said_by_the_network() -> None:
     x, y = xor()
-    with pytest.raises(RuntimeError, match="can't be cast"):
+    with pytest.raises(RuntimeError, match="can't be cast") as raised:
         search(x, y.long())
+    assert raised.value.__notes__ == [
+        "network: this is its training_step with a batch of 4; find_features needs 1 or more"
+    ]
+
+
+class Squeezes(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x).squeeze()
+        return logits
+
+
+def test_a_network_that_cannot_do_with_one_example_says_so_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Target size") as raised:
+        search(*xor(), network=Squeezes, folder=tmp_path)
+    assert "with a batch of 1;" in raised.value.__notes__[0]
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_network_in_the_same_folder_is_another_search(tmp_path: Path) -> None:
     class Other(Net):
         pass
 
-    networks: list[Callable[[int], Any]] = [Net, Other, partial(Net, norm=True)]
+    networks: list[Callable[[int], Any]] = [
+        Net, Other, partial(Net, norm=True), Acts, partial(Acts, act=torch.sin), partial(Acts, lr=1.0),
+        partial(Acts, act=lambda x: x.sin()), partial(Acts, act=lambda x: x.cos()),
+    ]  # fmt: skip
     for n, network in enumerate(networks):
         search(*xor(), restarts=ONCE, network=network, folder=tmp_path)
         assert len(list(tmp_path.glob("*.json"))) == n + 1
+
+
+def test_another_trainer_in_the_same_folder_is_another_search(tmp_path: Path) -> None:
+    trainers: list[dict[str, Any]] = [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}]
+    for n, options in enumerate(trainers):
+        search(*xor(), restarts=ONCE, trainer=partial(TRAINER, **options), folder=tmp_path)
+        assert len(list(tmp_path.glob("*.json"))) == n + 1
+
+
+def test_labels_that_stand_in_few_orders_are_warned_of() -> None:
+    x, y = xor()
+    some = torch.cat([(y == 0).nonzero()[:30, 0], (y == 1).nonzero()[:30, 0]])
+    with pytest.warns(
+        UserWarning, match=r"labels of 12 held-out examples can stand in \d+ orders, fewer than the 2e\+04"
+    ):
+        search(x[some], y[some], restarts=replace(ONCE, n=2))
+
+
+def test_as_many_are_held_out_as_are_tested_and_all_others_are_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = xor()
+    monkeypatch.setattr(search_module, "MAX_HELD", 30)
+    fitted, held, _, which = search_module._Search(Net, TRAINER, x, y, "net.0.weight", True, (2,), QUICK, 0, "").parts()
+    assert (len(fitted), len(held), len(which)) == (N - 30, 30, 30)
+    assert torch.equal(torch.cat([fitted, held]).sort().values, torch.arange(N))
+
+
+def test_what_is_found_is_among_what_was_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(self: Any, number: int, subset: int, n_tries: int) -> list[dict[str, Any]]:
+        usual = {"stack": number, "subset": subset, "count": 2}
+        n = len(self.parts().held)
+        return [  # the first has the lowest loss with the labels that there are, but failed with others
+            {**usual, "place": 0, "features": [0, 1], "loss": 0.1, "losses": [[0.1, 0.1], [0.1, torch.nan]] * (n // 2)},
+            {**usual, "place": 1, "features": [3, 7], "loss": 0.5, "losses": [[0.5, 0.5]] * n},
+        ]
+
+    monkeypatch.setattr(search_module._Search, "run", run)
+    found = search(*xor(), restarts=replace(ONCE, n=2, together=2))
+    assert found.features == (3, 7)
+    assert found.certificate.loss == pytest.approx(0.5)
 
 
 def test_a_try_that_diverges_is_an_error() -> None:
@@ -357,6 +438,18 @@ WRONG: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
     "all features": (lambda x, y: search(x, y, 12), r"n_features is \[12\]; allowed are 1 to 11"),
     "no feature": (lambda x, y: search(x, y, []), r"n_features is \[\]"),
     "a fraction": (lambda x, y: search(x, y, 0.5), r"n_features is 0.5; allowed is an int, or several"),
+    "no seed": (lambda x, y: search(x, y, seed=None), "seed is None; allowed is an int >= 0"),
+    "half a seed": (lambda x, y: search(x, y, seed=1.5), "seed is 1.5; allowed is an int >= 0"),
+    "labels that are not finite": (
+        lambda x, y: search(x, torch.where(torch.arange(N) < 3, torch.nan, y)),
+        "y has values that are not finite in 3 of 400 rows",
+    ),
+    "rows of labels that are not finite": (
+        lambda x, y: search(x, torch.stack([y, y / 0], dim=1)),
+        "y has values that are not finite in 400 of 400 rows",
+    ),
+    "labels that are alike": (lambda x, y: search(x, 0 * y), "y is the same in every row; allowed are two labels"),
+    "a level in words": (lambda x, y: Restarts(level="low"), "level is 'low'; allowed is a float"),  # type: ignore[arg-type]
     "seed": (lambda x, y: search(x, y, seed=-1), "seed is -1; allowed is an int >= 0"),
     "a large subset": (
         lambda x, y: search(x, y, restarts=Restarts(subset=13)),

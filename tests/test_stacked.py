@@ -286,6 +286,14 @@ class Manual(Classifier):
         self.automatic_optimization = False
 
 
+class Holds(nn.Linear):
+    """A layer with an attribute that is neither a parameter nor a buffer."""
+
+    def __init__(self, what: Any) -> None:
+        super().__init__(2, 3)
+        self.what = what
+
+
 WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no members": (lambda: stack([]), ValueError, "members is empty"),
     "seeds": (lambda: stack(members(), seeds=[1]), ValueError, "seeds has 1 entries"),
@@ -304,6 +312,17 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: stack(members(n=1) + members(optimizer="SGD", n=1)),
         ValueError,
         "'optimizer': 'SGD'.*'optimizer': 'Adam'",
+    ),
+    "another list": (lambda: stack([Holds([1, 2]), Holds([1, 3])]), ValueError, r"'what': \[1, 3\]"),
+    "another function": (
+        lambda: stack([Holds(torch.relu), Holds(torch.sin)]),
+        ValueError,
+        "'what': <built-in method sin",
+    ),
+    "another tensor": (
+        lambda: stack([Holds(torch.zeros(2)), Holds(torch.ones(2))]),
+        ValueError,
+        r"'what': torch.float32 \(2,\)",
     ),
     "a module": (lambda: stack(nn.ReLU()), TypeError, "members is a module, or has what is none"),  # type: ignore[arg-type]
     "a class": (lambda: stack([nn.ReLU]), TypeError, "allowed is a list of modules"),  # type: ignore[type-var]

@@ -36,7 +36,7 @@ def search(*, name: str, seed: int, folder: Path | None) -> Row:
     """
     train, test = data(name, seed, folder, RECIPES[name].inputs)
     n, p = train.x.shape
-    plan = Restarts(8, p, batch_size=64 if n > LARGE else 32, level=0.001)
+    plan = Restarts(8, p, held_out=1 / 3, batch_size=64 if n > LARGE else 32, level=0.001)
     n_classes = int(torch.cat([train.y, test.y]).max()) + 1
     network = partial(Classifier, n_classes=n_classes, hidden=128, lr=3e-3)
     trainer, quiet = partial(pl.Trainer, accelerator="cpu"), Console(quiet=True)

@@ -39,7 +39,7 @@ class Problem(NamedTuple):
 
 PROBLEMS = {
     "xor": Problem("4-D XOR, p=60, n=3000", [4], Restarts(16, 40)),
-    "asu": Problem("Lung-discrete, p=325, n=48", [50, 20, 10, 5], Restarts(16, batch_size=16)),
+    "asu": Problem("Lung-discrete, p=325, n=48", [50, 20, 10, 5], Restarts(16, held_out=0.4, batch_size=16)),
 }
 
 

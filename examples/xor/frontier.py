@@ -192,8 +192,10 @@ def table(rows: list[Row]) -> str:
     for k, p in sorted({(row["k"], row["p"]) for row in rows}):
         cells = []
         for method in METHODS:
-            solved = [bool(row["solved"]) for row in rows if (row["k"], row["p"], row["method"]) == (k, p, method)]
-            cells.append(f"{sum(solved)} of {len(solved)}" if solved else "")
+            own = [row for row in rows if (row["k"], row["p"], row["method"]) == (k, p, method)]
+            solved = [row for row in own if row["solved"]]
+            at_once = f" ({sum(row['tries'] == 1 for row in solved)} at once)" if method == "fsa_cpna" else ""
+            cells.append(f"{len(solved)} of {len(own)}{at_once}" if own else "")
         lines.append(f"| {k}-D p={p} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

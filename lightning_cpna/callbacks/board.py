@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -49,22 +48,6 @@ def plan_text(rows: Iterable[PlanRow]) -> str:
         when = row.when.replace("|", "\\|").replace("<", "\\<")
         lines.append(f"| `{row.what}` | {row.n:,} {row.kind}s | {row.n_end:,} | {when} |")
     return "\n".join(lines)
-
-
-def in_words(rule: object) -> str:
-    """Name a schedule, a score, or a function in its place, the same in every process.
-
-    Examples:
-        >>> in_words(max)
-        'max'
-        >>> in_words(partial(in_words, rule=3))
-        'functools.partial(<function in_words>, rule=3)'
-        >>> import numpy as np
-        >>> in_words(("mu", np.float64(3.5)))
-        "('mu', 3.5)"
-    """
-    words = re.sub(" at 0x[0-9a-f]+", "", str(getattr(rule, "__qualname__", repr(rule))))
-    return re.sub(r"np\.\w+\(([^()]*)\)", r"\1", words)
 
 
 def log_text(loggers: Iterable[Any], tag: str, text: str, step: int) -> None:

@@ -11,7 +11,6 @@ import torch
 
 from lightning_cpna._lightning import LightningModule
 from lightning_cpna.callbacks.base import Fit, agree
-from lightning_cpna.callbacks.board import in_words
 from lightning_cpna.callbacks.scheduled import ScheduledPruning, check_choice, check_function, check_targets
 from lightning_cpna.graph import Graph
 from lightning_cpna.rescale import Moments, rescalable, rescale_, verify_rescaling
@@ -27,6 +26,7 @@ from lightning_cpna.schedules import (
 from lightning_cpna.scores import Granularity, Score, ScoreFunction, ScoreInputs, ScoreKind
 from lightning_cpna.sparsity import Budget, Scope, Sparsity
 from lightning_cpna.unit_scores import UnitScore
+from lightning_cpna.words import in_words
 
 # When nothing is said: the fractions of the run before the first window and after the last one.
 PRETRAINING, FINE_TUNING = 0.25, 0.15

@@ -15,7 +15,6 @@ from torch import Tensor
 from lightning_cpna._lightning import LightningModule, Trainer
 from lightning_cpna.activations import Watch
 from lightning_cpna.callbacks.base import Fit, agree
-from lightning_cpna.callbacks.board import in_words
 from lightning_cpna.callbacks.capture import running_eagerly
 from lightning_cpna.callbacks.scheduled import ScheduledPruning, check_choice, check_function, check_targets
 from lightning_cpna.layers import layers_of
@@ -34,6 +33,7 @@ from lightning_cpna.scores import Score
 from lightning_cpna.sparsity import Budget, Scope, Sparsity
 from lightning_cpna.targets import resolve
 from lightning_cpna.unit_scores import UnitInputs, UnitScore, UnitScoreFunction, UnitScoreKind
+from lightning_cpna.words import in_words
 
 
 class NeuronPruning(ScheduledPruning):

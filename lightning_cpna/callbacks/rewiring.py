@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from lightning_cpna._lightning import LightningModule, Trainer
 from lightning_cpna.callbacks.base import Fit, SparsityCallback, broadcast
-from lightning_cpna.callbacks.board import in_words
 from lightning_cpna.callbacks.capture import running_eagerly
 from lightning_cpna.callbacks.scheduled import check_choice, check_targets
 from lightning_cpna.growth import Decay, Factors, Growth, GrowthKind, check_zeta
@@ -24,6 +23,7 @@ from lightning_cpna.rewiring import plant_, rewire_
 from lightning_cpna.sparsity import Budget, Sparsity
 from lightning_cpna.targets import Target, n_keep, resolve
 from lightning_cpna.topology import Distribution, n_connections, shared_out
+from lightning_cpna.words import in_words
 
 MEMORY = 0.9  # of a gradient, from one batch to the next (Dettmers and Zettlemoyer 2019, Section 3)
 

@@ -23,7 +23,6 @@ from lightning_cpna.callbacks.base import (
     in_full_shapes,
     ours,
 )
-from lightning_cpna.callbacks.board import in_words
 from lightning_cpna.callbacks.log import give_loggers, last_step
 from lightning_cpna.callbacks.order import BatchOrder
 from lightning_cpna.callbacks.scheduled import check_choice, check_targets
@@ -35,6 +34,7 @@ from lightning_cpna.sparsity import Budget, Scope, Sparsity
 from lightning_cpna.stacked import Stacked
 from lightning_cpna.targets import resolve
 from lightning_cpna.tickets import Control, Round, RoundReport, shuffle_masks_
+from lightning_cpna.words import in_words
 
 
 class TicketRewind(SparsityCallback):

@@ -1,0 +1,81 @@
+"""Objects in words, the same in every process: for people, and to tell one from another."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from functools import partial
+from types import FunctionType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LONG = 200  # characters, from which on a hash stands for them
+
+
+def in_words(rule: object) -> str:
+    """Name a schedule, a score, or a function in its place.
+
+    Examples:
+        >>> in_words(max)
+        'max'
+        >>> in_words(partial(in_words, rule=3))
+        'functools.partial(<function in_words>, rule=3)'
+        >>> in_words(("mu", np.float64(3.5)))
+        "('mu', 3.5)"
+    """
+    words = _plain(str(getattr(rule, "__qualname__", repr(rule))))
+    return re.sub(r"np\.\w+\(([^()]*)\)", r"\1", words)
+
+
+def fingerprint(value: object) -> str:
+    """Describe a value so that others are described otherwise: numbers, texts, tensors, containers, functions.
+
+    Of any other object it is its ``repr``.
+
+    Examples:
+        >>> fingerprint({"lr": 0.1, "widths": [3, 4]})
+        "{'lr': 0.1, 'widths': [3, 4]}"
+        >>> fingerprint(lambda x: x + 1) == fingerprint(lambda x: x + 2)
+        False
+        >>> fingerprint(torch.zeros(2)) == fingerprint(torch.ones(2))
+        False
+    """
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return f"{value.dtype} {tuple(value.shape)} {_hash(data)}"
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return f"{value.dtype} {value.shape} {_hash(value.tobytes())}"
+    if isinstance(value, partial):
+        words = f"partial({', '.join(map(fingerprint, (value.func, value.args, value.keywords)))})"
+    elif isinstance(value, Mapping):
+        words = f"{{{', '.join(f'{fingerprint(key)}: {fingerprint(its)}' for key, its in value.items())}}}"
+    elif isinstance(value, list | tuple):
+        opening, closing = "[]" if isinstance(value, list) else "()"
+        words = f"{opening}{', '.join(map(fingerprint, value))}{closing}"
+    elif isinstance(value, set | frozenset):
+        words = f"{{{', '.join(sorted(map(fingerprint, value)))}}}"
+    elif isinstance(value, FunctionType):
+        words = f"{value.__module__}.{value.__qualname__} {_hash(_code(value).encode())}"
+    else:
+        words = f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else _plain(repr(value))
+    return words if len(words) <= LONG else f"{words[:LONG]}... {_hash(words.encode())}"
+
+
+def _code(function: FunctionType) -> str:
+    """Write down what a function does, and with which constants, defaults and values from outside."""
+    code = function.__code__
+    outside = [cell.cell_contents for cell in function.__closure__ or ()]
+    given = (code.co_consts, code.co_names, function.__defaults__, function.__kwdefaults__, outside)
+    return code.co_code.hex() + _plain(repr(given))
+
+
+def _plain(words: str) -> str:
+    """Leave out addresses."""
+    return re.sub(" at 0x[0-9a-f]+", "", words)
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

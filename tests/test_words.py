@@ -1,0 +1,75 @@
+"""Objects in words: two that differ, and the same one in another process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_cpna.words import LONG, fingerprint
+
+
+def adds(n: float) -> Callable[[float], float]:
+    return lambda x: x + n
+
+
+def multiplies(n: float, by: float = 2) -> float:
+    return n * by
+
+
+@dataclass
+class Rate:
+    value: float
+
+
+PAIRS: dict[str, tuple[Any, Any]] = {
+    "a number and a text": (1, "1"),
+    "ints and floats": (1, 1.0),
+    "lists and tuples": ([1], (1,)),
+    "lists": ([1, 2], [1, 3]),
+    "dicts": ({"a": [1]}, {"a": [2]}),
+    "long lists": (list(range(1000)), [*range(999), 0]),
+    "sets": ({1, 2}, {1, 3}),
+    "tensors": (torch.zeros(2000), torch.cat([torch.zeros(1000), torch.ones(1), torch.zeros(999)])),
+    "tensors of another type": (torch.zeros(2), torch.zeros(2).bfloat16()),
+    "tensors of another shape": (torch.zeros(2, 3), torch.zeros(3, 2)),
+    "arrays": (np.zeros(2000), np.r_[np.zeros(1000), 1, np.zeros(999)]),
+    "functions in C": (torch.relu, torch.sin),
+    "functions": (adds, multiplies),
+    "functions that do something else": (lambda x: x.sin(), lambda x: x.cos()),
+    "constants": (lambda x: x + 1, lambda x: x + 2),
+    "values from outside": (adds(1), adds(2)),
+    "defaults": (lambda x, n=1: x, lambda x, n=2: x),
+    "partial arguments": (partial(multiplies, by=3), partial(multiplies, by=4)),
+    "nested partial arguments": (partial(map, partial(multiplies, by=3)), partial(map, partial(multiplies, by=4))),
+    "classes": (int, float),
+    "dataclasses": (Rate(0.1), Rate(0.2)),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_values_that_differ_are_described_otherwise(case: str) -> None:
+    one, other = PAIRS[case]
+    assert fingerprint(one) != fingerprint(other)
+    assert fingerprint(one) == fingerprint(one)
+    assert len(fingerprint(one)) < LONG + 30
+
+
+def test_an_object_is_described_alike_in_another_process() -> None:
+    program = (
+        "from functools import partial; import tests.test_words as t; from lightning_cpna.words import fingerprint;"
+        "print(fingerprint([{'b', 'a', 'c'}, object(), t.adds, t.adds(1), partial(t.multiplies, by=3), t.Rate(1)]))"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1]
+    assert runs[0].startswith("[{'a', 'b', 'c'}, <object object>, tests.test_words.adds ")
