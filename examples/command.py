@@ -44,7 +44,10 @@ def parse(
     add_sweep_arguments(parser, f"runs/{'_'.join(module.split('.')[1:])}", data=data)
     if problems is not None:
         parser.add_argument(
-            "--problems", nargs="+", metavar="NAME", help="the data sets (default: all that can be had)"
+            "--problems",
+            nargs="+",
+            metavar="NAME",
+            help=f"of {', '.join(problems(None))} (default: all that can be had)",
         )
     parser.add_argument("--page", type=Path, help="a file with the marks of the table")
     args = parser.parse_args(arguments)

@@ -99,12 +99,17 @@ def fetch(name: str, url: str, folder: Path | None, checksum: str) -> Path:
 
     Raises:
         FileNotFoundError: If a folder is named and does not have it.
+        OSError: If it cannot be downloaded.
         ValueError: If its checksum is not the published file's; a download is then deleted from the cache.
     """
     named = _named(folder)
     if named is None:
         cache = pooch.create(pooch.os_cache("lightning_cpna"), "", registry={name: None}, urls={name: url})
-        path = Path(cache.fetch(name))
+        try:
+            path = Path(cache.fetch(name))
+        except OSError as error:
+            error.add_note(f"to do without this download, put {url} at {name} in a folder, and name that by --data")
+            raise
     else:
         path = named / name
         if not path.is_file():

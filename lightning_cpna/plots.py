@@ -15,12 +15,12 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from lightning_cpna.report import live_mask
+from lightning_cpna.sparsity import Sparsity
 from lightning_cpna.targets import ListedAxes, Target
 
 if TYPE_CHECKING:
     from lightning_cpna.graph import Graph
     from lightning_cpna.schedules import Schedule
-    from lightning_cpna.sparsity import Sparsity
     from lightning_cpna.tickets import RoundReport
 
 POSITIVE, NEGATIVE, LIVE, DEAD = "#2166ac", "#b2182b", "#333333", "#dddddd"
@@ -68,8 +68,10 @@ def connectivity(sparsity: Sparsity) -> Connectivity:
     branches, are left out. Of a stack, it is that of the first member.
 
     Raises:
-        ValueError: If the module was not traced.
+        ValueError: If it is no Sparsity, or the module was not traced.
     """
+    if not isinstance(sparsity, Sparsity):
+        raise ValueError(f"sparsity is a {type(sparsity).__name__}; allowed is what sparsity_of(module) returns")
     graph = sparsity.graph
     if not graph:
         raise ValueError("sparsity: the module was not traced, so it is not known which layer feeds which")

@@ -90,6 +90,7 @@ class Found:
 
     Attributes:
         features: The columns of ``x``, ascending.
+        names: What they are called, if ``x`` is a DataFrame.
         certificate: Whether their loss on the held-out examples can be chance; it cannot if ``certificate.holds``.
         n_tries: How many tries there were.
         network: A network trained on these features alone, in eval mode: call it with ``x[:, features]``.
@@ -97,20 +98,21 @@ class Found:
     """
 
     features: tuple[int, ...]
+    names: tuple[Any, ...] | None
     certificate: Certificate
     n_tries: int
     network: LightningModule
     rows: list[Row]
 
     def __str__(self) -> str:
-        it = self.certificate
-        found = f"{len(self.features)} features after {self.n_tries} tries: {list(self.features)}"
+        it, features = self.certificate, list(self.names or self.features)
+        found = f"{len(features)} features after {self.n_tries} tries: {features}"
         if not it.holds:
-            found = f"nothing is certain after {self.n_tries} tries; the lowest loss is that of {list(self.features)}"
+            found = f"nothing is certain after {self.n_tries} tries; the lowest loss is that of {features}"
         verdict = "labels depend on some of them" if it.holds else "it can be chance"
         return (
-            f"{found}\nheld-out loss {it.loss:.4g}, by chance {it.chance_loss:.4g} +- {it.chance_spread:.2g}; "
-            f"p = {it.p_value:.2g}, needed {it.level:.2g} or less: {verdict}"
+            f"{found}\nheld-out loss {it.loss:.4g}, by chance {it.chance_loss:.4g} +- {it.chance_spread:.2g} "
+            f"(margin {it.margin:.1f}); p = {it.p_value:.2g}, needed {it.level:.2g} or less: {verdict}"
         )
 
 
@@ -145,9 +147,9 @@ def find_features(
             mean loss; `stack` says what it may do.
         trainer: ``Trainer``, or a function that takes its arguments, as ``partial(Trainer, accelerator="gpu")`` does; its
             epochs, callbacks, logger and checkpoints are those of the search.
-        x: The examples, ``(n, p)``, a tensor, array or DataFrame; its columns must be alike in scale (standardised, say), as
-            features are ranked by the norms of their columns of weights.
-        y: Their labels, ``(n, ...)``, likewise. Both get the network's floating-point type.
+        x: The examples, ``(n, p)``, a tensor, array or DataFrame of numbers; its columns must be alike in scale
+            (standardised, say), as features are ranked by the norms of their columns of weights. It gets the network's type.
+        y: Their labels, ``(n, ...)``, likewise; floats get the network's type, ints stay classes.
         n_features: How many features are wanted. Several: the number with the lowest held-out loss.
         restarts: How many tries there are, and how long they train; None: as ``Restarts()`` says.
         seed: Of everything that is random.
@@ -170,7 +172,12 @@ def find_features(
         The annealing of features: Barbu, She, Ding, Gramajo: Feature Selection with Annealing for Computer Vision and Big
         Data Learning, Algorithm 1.
     """
-    restarts = restarts or Restarts()
+    restarts = Restarts() if restarts is None else restarts
+    if not isinstance(restarts, Restarts):
+        raise ValueError(f"restarts is {restarts!r}; allowed is a Restarts, or None")
+    indices = [table.index for table in (x, y) if hasattr(table, "iloc")]
+    if len(indices) == 2 and not indices[0].equals(indices[1]):
+        raise ValueError("y has another index than x; allowed are rows in the same order, as y.loc[x.index] has them")
     columns = list(getattr(x, "columns", ())) or None
     x, y = _tensor("x", x), _tensor("y", y)
     counts = _counts(n_features)
@@ -196,6 +203,7 @@ def find_features(
     keys = ("stack", "place", "subset", "count", "features", "loss")
     return Found(
         tuple(best["features"]),
+        None if columns is None else tuple(columns[feature] for feature in best["features"]),
         certificate,
         len({(row["stack"], row["place"]) for row in rows}),
         search.refit(best["features"]),
@@ -468,11 +476,11 @@ def _tensor(argument: str, values: Any) -> Tensor:
     array = np.asarray(values)
     if array.dtype.kind not in "bfiu":
         kinds = zip(values.columns, values.dtypes, strict=True) if hasattr(values, "columns") else ()
-        others = [name for name, kind in kinds if getattr(kind, "kind", "O") not in "fiu"]
-        if hasattr(values, "columns") and not others:  # numbers of a type that has missing values
+        others = {name: str(kind) for name, kind in kinds if getattr(kind, "kind", "O") not in "bfiu"}
+        if hasattr(values, "columns") and not others:  # numbers and bools, or a type that has missing values
             return torch.tensor(values.to_numpy(float, na_value=math.nan))
-        where = f" in columns {others[:10]}" if others else ""
-        raise ValueError(f"{argument} holds {array.dtype}{where}; allowed are numbers")
+        what = f"columns of other types: {dict(itertools.islice(others.items(), 10))}" if others else str(array.dtype)
+        raise ValueError(f"{argument} holds {what}; allowed are numbers")
     return torch.tensor(array)
 
 
@@ -486,10 +494,10 @@ def _check(network: Any, trainer: Any, x: Tensor, y: Tensor, counts: Sequence[in
     ours = {"max_epochs", "callbacks", "logger", "log_every_n_steps", "enable_checkpointing"}
     if isinstance(trainer, partial) and (given := sorted(ours & set(trainer.keywords))):
         raise ValueError(f"trainer: {given[0]} is given, which the search says itself; allowed are other arguments")
-    if x.ndim != 2 or not x.is_floating_point():
-        raise ValueError(f"x has shape {tuple(x.shape)} and type {x.dtype}; allowed are floats, (n, p)")
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; allowed is (n, p)")
     if y.dtype == torch.bool:
-        raise ValueError("y has type torch.bool; allowed are ints or floats, whichever the network's loss takes")
+        raise ValueError("y has type torch.bool; allowed are floats for binary_cross_entropy, ints for cross_entropy")
     if y.ndim < 1 or len(y) != len(x):
         raise ValueError(f"y has shape {tuple(y.shape)}; allowed is one label for each of the {len(x)} rows of x")
     if n_bad := int((~y.isfinite()).flatten(1).any(dim=1).sum() if y.ndim > 1 else (~y.isfinite()).sum()):
@@ -558,7 +566,8 @@ def _try_out(network: LightningModule, x: Tensor, y: Tensor) -> None:
             network.training_step((x, y), 0)
         except Exception as error:
             error.add_note(
-                f"network: this is its training_step with a batch of {len(x)}; find_features needs 1 or more"
+                f"network: this is its training_step with x {tuple(x.shape)} {x.dtype} and y {tuple(y.shape)} {y.dtype}; "
+                "batches have 1 example or more; classes must be ints, other labels floats of the shape of the outputs"
             )
             raise
 

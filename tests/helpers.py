@@ -197,6 +197,16 @@ def needs(name: str) -> None:
         pytest.skip(f"{name} is not there: {DATA_VARIABLE} names no folder with it")
 
 
+def needs_uci(name: str) -> None:
+    """Skip the test if a UCI set is not there; none is downloaded."""
+    from examples.data import DATA_VARIABLE
+    from examples.uci.data import FILES
+
+    folder = os.environ.get(DATA_VARIABLE)
+    if not folder or not all((Path(folder) / file.name).is_file() for file in FILES[name]):
+        pytest.skip(f"{name} is not there: {DATA_VARIABLE} names no folder with {FILES[name][0].name}")
+
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
 on_every_device = pytest.mark.parametrize("device", DEVICES)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,12 +18,13 @@ pytest.importorskip("lassonet", reason="the extra 'compare' is not installed")
 from sklearn.metrics import accuracy_score, roc_auc_score
 
 from examples.compare import __main__ as compare
-from examples.compare import networks
+from examples.compare import methods, networks, problems
 from examples.compare.methods import Fitted
 from examples.compare.problems import held_out, load
-from examples.data import Split
+from examples.data import ASU, Split
 from examples.page import fill
 from lightning_cpna.sweeps import load_rows
+from tests.helpers import needs, needs_uci
 
 SMALL = {
     "steps": 200, "hidden": 16, "width": 40, "units": 4, "inputs": 4, "batch_size": 32, "features": 4, "tries": 2, "most": 4,
@@ -43,14 +46,15 @@ def blobs(n: int = 120) -> Split:
 def test_every_method_learns_blobs_and_says_what_it_reads(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     space, fit = compare.METHODS[method]
     settings = {name: SMALL.get(name, values[0]) for name, values in space.items()}
-    settings |= {"C": 1.0} if "C" in space else {}
+    settings |= {"times": 30.0} if "times" in space else {}
     monkeypatch.setattr(networks, "TAIL", 300)
     fitted = fit(settings, blobs(), 3, 0)
     scores = fitted.scores(blobs(60).x)
     assert scores.shape == (60, 3)
     assert compare.measure(fitted, blobs(60)) > 80
-    assert set(fitted.features) <= set(range(10))
+    assert fitted.importances.shape == (10,)
     assert len(set(fitted.features) & {0, 1, 2}) >= 2
+    assert len(set(fitted.top(3)) & {0, 1, 2}) >= 2
     assert fitted.parameters > 0
     unread = blobs(60).x
     unread[:, [column for column in range(10) if column not in fitted.features]] = 100.0
@@ -60,7 +64,7 @@ def test_every_method_learns_blobs_and_says_what_it_reads(method: str, monkeypat
 @pytest.mark.parametrize("n_classes", [2, 3])
 def test_measures_are_those_of_scikit_learn(n_classes: int) -> None:
     scores, y = torch.rand(50, n_classes, dtype=torch.float64), torch.arange(50) % n_classes
-    fitted = Fitted(lambda x: scores, [0], 1)
+    fitted = Fitted(lambda x: scores, np.ones(1), 1)
     found = compare.measure(fitted, Split(torch.zeros(50, 1), y))
     expected = roc_auc_score(y, scores[:, 1] - scores[:, 0]) if n_classes == 2 else accuracy_score(y, scores.argmax(1))
     assert found == pytest.approx(100 * expected, abs=1e-4)
@@ -81,13 +85,106 @@ def test_trials_are_the_same_for_all_problems_and_the_best_on_what_is_held_out_i
     assert compare.best(rows) == {("a", "m"): "z"}
 
 
-def test_what_is_held_out_is_a_quarter_of_each_class_and_no_test_data() -> None:
+def test_what_is_held_out_is_a_quarter_of_each_class() -> None:
     train, held = held_out(blobs(), 0)
     assert (len(train.y), len(held.y)) == (90, 30)
     assert torch.bincount(held.y).tolist() == [10, 10, 10]
-    data = load("3-D XOR p=60", 1, None)
-    assert data.relevant == frozenset({0, 1, 2})
-    assert not (data.test.x[:, None, :3] == data.train.x[None, :, :3]).all(dim=2).any()
+
+
+def numbered(name: str, n: int = 120) -> Split:
+    """Rows that bear their number, of a set of any name."""
+    return Split(torch.arange(n).float()[:, None].expand(n, 10), torch.arange(n) % 3)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[set[float]]]:
+    """Note which rows of a set, whose rows bear their numbers, a method is fitted to and measured on."""
+    seen: dict[str, list[set[float]]] = {"fitted": [], "measured": []}
+
+    def fit(settings: Any, train: Split, n_classes: int, seed: int) -> Fitted:
+        seen["fitted"].append(set(train.x[:, 0].tolist()))
+        return Fitted(lambda x: torch.zeros(len(x), n_classes), np.ones(10), 1)
+
+    def measure(fitted: Fitted, split: Split) -> float:
+        seen["measured"].append(set(split.x[:, 0].tolist()))
+        return 50.0
+
+    whole = numbered("any")
+    rows = torch.randperm(120, generator=torch.Generator().manual_seed(1))
+    parts = (Split(whole.x[part], whole.y[part]) for part in (rows[:80], rows[80:]))
+    monkeypatch.setattr(problems, "_parts", lambda *_, parts=tuple(parts): parts)
+    monkeypatch.setattr(problems, "_scaled", lambda name, train, test: (train, test))
+    monkeypatch.setitem(compare.METHODS, "SET", compare.METHODS["SET"]._replace(fit=fit))
+    monkeypatch.setattr(compare, "measure", measure)
+    return seen
+
+
+def test_nothing_is_chosen_on_rows_that_are_tested_and_nothing_is_tested_on_rows_that_are_fitted(
+    seen: dict[str, list[set[float]]],
+) -> None:
+    for fold in range(2):
+        compare.search(problem="Yale", method="SET", trial=0, settings="{}", fold=fold, folder=None)
+    chosen_on = set[float]().union(*seen["fitted"], *seen["measured"])
+    assert len(chosen_on) == 80
+    for fitted, measured in zip(seen["fitted"], seen["measured"], strict=True):
+        assert len(fitted) == 60
+        assert not fitted & measured
+    for key in seen:
+        seen[key].clear()
+    for seed in range(6000, 6005):
+        compare.repeat(problem="Yale", method="SET", seed=seed, settings="{}", folder=None)
+    assert len(set(map(frozenset, seen["measured"]))) == 5, "every seed tests other rows"
+    for fitted, measured in zip(seen["fitted"], seen["measured"], strict=True):
+        assert (len(fitted), len(measured)) == (100, 20)
+        assert not measured & (chosen_on | fitted)
+
+
+def test_a_network_does_not_draw_the_numbers_of_its_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def fit(settings: Any, train: Split, n_classes: int, seed: int) -> Fitted:
+        given[:] = [train, seed]
+        return Fitted(lambda x: torch.zeros(len(x), n_classes), np.ones(60), 1)
+
+    monkeypatch.setitem(compare.METHODS, "SET", compare.METHODS["SET"]._replace(fit=fit))
+    compare.repeat(problem="3-D XOR p=60", method="SET", seed=6003, settings="{}", folder=None)
+    train, seed = given
+    torch.manual_seed(seed)
+    weight = torch.nn.Linear(60, 50).weight.detach()
+    alike = torch.corrcoef(torch.cat([weight.flatten()[None], train.x[:50].flatten()[None]]))[0, 1]
+    assert abs(float(alike)) < 0.1
+    assert load("3-D XOR p=60", 1, None).relevant == frozenset({0, 1, 2})
+
+
+@pytest.mark.parametrize("name", ["GLIOMA", "PCMAC", "car"])
+def test_a_real_set_is_split_into_what_is_fitted_and_what_is_tested(name: str) -> None:
+    (needs if name in ASU else needs_uci)(name)
+    searched, tested = problems.load(name, problems.SEARCHED, None), problems.load(name, 6000, None)
+    n = len(searched.train.y) + len(searched.test.y)
+    assert len(tested.test.y) == len(searched.test.y) // 2
+    assert len(tested.train.y) == n - len(tested.test.y)
+    assert tested.n_classes == searched.n_classes
+
+
+def test_leaves_need_no_more_than_an_eighth_of_the_examples() -> None:
+    train = blobs(24)
+    assert methods._leaf({"min_samples_leaf": 10, "other": 5}, train) == {"min_samples_leaf": 3, "other": 5}
+    assert methods._leaf({"min_samples_leaf": 2}, train) == {"min_samples_leaf": 2}
+
+
+def test_lasso_of_several_classes_reads_nothing_just_below_the_smallest_penalty() -> None:
+    for n_classes in (2, 3):
+        data = blobs()
+        data = Split(data.x, data.y % n_classes)
+        assert methods.logistic({"times": 0.9}, data, n_classes, 0).features == []
+        assert methods.logistic({"times": 2.0}, data, n_classes, 0).features
+
+
+def test_the_features_that_matter_most_are_read() -> None:
+    fitted = Fitted(lambda x: x, np.array([0.0, 3.0, 1.0, 0.0, 2.0]), 1)
+    assert fitted.features == [1, 2, 4]
+    assert fitted.top(2) == [1, 4]
+    assert fitted.top(4) == [1, 4, 2]
 
 
 def test_the_tables_from_rows_made_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,15 +192,15 @@ def test_the_tables_from_rows_made_by_hand(monkeypatch: pytest.MonkeyPatch) -> N
     common = {"features": 4, "parameters": 1000, "fit_seconds": 2.0, "predict_seconds": 0.0015}
     rows = [
         {"problem": problem, "method": method, "test": test, **common, **known}
-        for problem, known in (("a", {}), ("b", {"precision": 0.5, "recall": 1.0}))
+        for problem, known in (("a", {}), ("b", {"precision": 0.5, "recall": 1.0, "top": 0.75}))
         for method, tests in (("XGBoost", (90.0, 92.0)), ("SET", (80.0, 80.0)))
         for test in tests
     ]
     rows[-1] |= {"precision": 0.25, "recall": 0.5, "fit_seconds": 6.0}
     lines = compare.table(rows).splitlines()
     assert "| a | **91.0 ± 1.4** | 80.0 ± 0.0 |" in lines
-    assert "| features: precision / recall | b |" in lines
-    assert "| SET | 4: 0.38 / 0.75 (all in 1 of 2) |" in lines
+    assert "| features: precision / recall, top | b |" in lines
+    assert "| SET | 4: 0.38 / 0.75, 0.75 (all in 1 of 2) |" in lines
     assert "| XGBoost | none / 1.0 | 2 | 4 | 1,000 | 2.0 (2) | 1.5 |" in lines
     assert "| SET | none / 2.0 | 0 | 4 | 1,000 | 3.0 (6) | 1.5 |" in lines
 
@@ -127,7 +224,10 @@ def test_the_page_shows_the_committed_results_of_settings_that_were_best_in_the_
 
 
 def test_a_repeat_counts_the_relevant_features(monkeypatch: pytest.MonkeyPatch) -> None:
-    fitted = Fitted(lambda x: torch.rand(len(x), 2), [0, 1, 7, 9], 5)
+    importances = np.zeros(40)
+    importances[[0, 1, 7, 9]] = [1.0, 0.2, 0.5, 0.1]
+    fitted = Fitted(lambda x: torch.rand(len(x), 2), importances, 5, certified=True)
     monkeypatch.setitem(compare.METHODS, "SET", compare.METHODS["SET"]._replace(fit=lambda *_: fitted))
     row = compare.repeat(problem="4-D XOR p=40", method="SET", seed=1, settings="{}", folder=Path())
     assert (row["precision"], row["recall"], row["features"], row["parameters"]) == (0.5, 0.5, 4, 5)
+    assert (row["top"], row["certified"]) == (0.5, True)

@@ -288,6 +288,18 @@ def test_a_trainer_of_another_kind_reaches_the_counts(options: dict[str, Any]) -
     assert found.features == (3, 7)
 
 
+def test_a_table_gives_names_and_takes_whole_numbers_and_bools() -> None:
+    x, y = xor()
+    table = pd.DataFrame(x.numpy(), columns=list("abcdefghijkl")).assign(a=range(N), b=lambda table: table.c > 0)
+    table["a"] = (table["a"] - table["a"].mean()) / table["a"].std()
+    found = search(table, pd.Series(y.numpy()))
+    assert (found.features, found.names) == ((3, 7), ("d", "h"))
+    assert "tries: ['d', 'h']" in str(found)
+    assert search(x, y, restarts=ONCE).names is None
+    whole = (100 * x).round()
+    assert search(whole.long(), y, restarts=ONCE).rows == search(whole, y, restarts=ONCE).rows
+
+
 @pytest.mark.parametrize("kind", ["array", "frame", "double"])
 def test_arrays_and_tables_are_searched_as_tensors_of_the_networks_type(kind: str) -> None:
     pandas = pytest.importorskip("pandas", reason="the extra 'sweeps' is not installed")
@@ -322,9 +334,7 @@ def test_what_a_network_cannot_do_is_said_by_the_network() -> None:
     x, y = xor()
     with pytest.raises(RuntimeError, match="can't be cast") as raised:
         search(x, y.long())
-    assert raised.value.__notes__ == [
-        "network: this is its training_step with a batch of 4; find_features needs 1 or more"
-    ]
+    assert "with x (4, 8) torch.float32 and y (4,) torch.int64; batches have" in raised.value.__notes__[0]
 
 
 class Squeezes(Net):
@@ -336,7 +346,7 @@ class Squeezes(Net):
 def test_a_network_that_cannot_do_with_one_example_says_so_before_anything_is_trained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Target size") as raised:
         search(*xor(), network=Squeezes, folder=tmp_path)
-    assert "with a batch of 1;" in raised.value.__notes__[0]
+    assert "with x (1, 8) torch.float32 and y (1,) torch.float32;" in raised.value.__notes__[0]
     assert not list(tmp_path.iterdir())
 
 
@@ -414,7 +424,11 @@ class TwoReaders(Net):
 
 WRONG: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
     "x": (lambda x, y: search(x[0], y), r"x has shape \(12,\)"),
-    "integers": (lambda x, y: search(x.long(), y), r"x has shape .* torch.int64; allowed are floats"),
+    "no plan": (lambda x, y: search(x, y, restarts=5), "restarts is 5; allowed is a Restarts"),  # type: ignore[arg-type]
+    "another order of rows": (
+        lambda x, y: search(pd.DataFrame(x.numpy()), pd.Series(y.numpy()).sort_values()),
+        r"y has another index than x; allowed are rows in the same order",
+    ),
     "not finite": (lambda x, y: search(x.log(), y), r"x has values that are not finite in columns \[0, 1, 2"),
     "not finite, in a table": (
         lambda x, y: search(pd.DataFrame(x.numpy()).assign(age=torch.nan), y),
@@ -422,14 +436,14 @@ WRONG: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
     ),
     "texts": (
         lambda x, y: search(pd.DataFrame(x.numpy()).assign(job="cook"), y),
-        r"x holds object in columns \['job'\]; allowed are numbers",
+        r"x holds columns of other types: \{'job': 'str'\}; allowed are numbers",
     ),
     "columns of one name": (
         lambda x, y: search(pd.DataFrame([[1.0, "a"]] * 400, columns=["a", "a"]), y),
-        r"x holds object in columns \['a'\]",
+        r"x holds columns of other types: \{'a': 'str'\}",
     ),
     "labels that are texts": (lambda x, y: search(x, ["no", "yes"] * 200), "y holds <U3; allowed are numbers"),
-    "labels that are bools": (lambda x, y: search(x, y > 0), "y has type torch.bool; allowed are ints or floats"),
+    "labels that are bools": (lambda x, y: search(x, y > 0), "y has type torch.bool; allowed are floats for binary"),
     "a network": (lambda x, y: search(x, y, network=Net(8)), "network is a Net; allowed is a class or function"),
     "a Trainer": (lambda x, y: search(x, y, trainer=TRAINER()), "trainer is a Trainer; allowed is the class"),
     "epochs": (lambda x, y: search(x, y, trainer=partial(TRAINER, max_epochs=3)), "trainer: max_epochs is given"),

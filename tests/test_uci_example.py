@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import nn
 pytest.importorskip("sklearn", reason="the extra 'examples' is not installed")
 pytest.importorskip("pandas", reason="the extra 'sweeps' is not installed")
 
-from examples.data import DATA_VARIABLE, Split, Splits
+from examples.data import Split, Splits
 from examples.page import fill
 from examples.side_by_side import Member, Networks, fit, seeded
 from examples.uci import __main__ as command
@@ -25,6 +24,7 @@ from examples.uci.recipes import METHODS, PROBLEMS, phases
 from examples.uci.tables import differences, table3
 from examples.uci.training import Epochs, Job, Plan, accuracies, train
 from lightning_cpna.sweeps import load_rows
+from tests.helpers import needs_uci
 
 # rows, features, sizes of the smallest and largest class (the data sets' own documentation)
 PUBLISHED = {
@@ -37,12 +37,6 @@ PUBLISHED = {
 RESULTS = Path(__file__).parents[1] / "examples" / "uci" / "results"
 
 
-def needs(name: str) -> None:
-    folder = os.environ.get(DATA_VARIABLE)
-    if not folder or not all((Path(folder) / file.name).is_file() for file in FILES[name]):
-        pytest.skip(f"{name} is not there: {DATA_VARIABLE} names no folder with {FILES[name][0].name}")
-
-
 def blobs(n: int = 300, classes: int = 3, features: int = 8) -> Split:
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(n) % classes
@@ -52,7 +46,7 @@ def blobs(n: int = 300, classes: int = 3, features: int = 8) -> Split:
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_sets_are_the_published_ones(name: str) -> None:
-    needs(name)
+    needs_uci(name)
     pooled = uci(name)
     sizes = pooled.y.bincount()
     n, features, smallest, largest = PUBLISHED[name]

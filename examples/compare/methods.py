@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lassonet import LassoNetClassifier
+from numpy.typing import NDArray
 from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
+from sklearn.multiclass import OneVsRestClassifier
+from sklearn.svm import l1_min_c
 from torch import Tensor
 from xgboost import XGBClassifier
 
@@ -26,13 +29,25 @@ class Fitted(NamedTuple):
 
     Attributes:
         scores: From ``(n, features)`` to the classes' scores, ``(n, class)``.
-        features: The features that it reads.
+        importances: How much each feature matters to it, by the method's own measure, ``(features,)``; 0: it is not read.
         parameters: Numbers that it needs to predict: weights that are not zero, or nodes of trees.
+        certified: Whether the features are certified, if that is asked.
     """
 
     scores: Callable[[Tensor], Tensor]
-    features: list[int]
+    importances: NDArray[np.floating[Any]]
     parameters: int
+    certified: bool | None = None
+
+    @property
+    def features(self) -> list[int]:
+        """The features that it reads."""
+        return [int(place) for place in np.flatnonzero(self.importances > 0)]
+
+    def top(self, n: int) -> list[int]:
+        """Return the ``n`` features that matter most, or all that it reads if these are fewer."""
+        first = np.argsort(-self.importances, kind="stable")[:n]
+        return [int(place) for place in first if self.importances[place] > 0]
 
 
 class Method(NamedTuple):
@@ -47,45 +62,54 @@ class Method(NamedTuple):
     fit: Callable[[Settings, Split, int, int], Fitted]
 
 
-def _used(importances: Any) -> list[int]:
-    return [int(place) for place in np.flatnonzero(np.asarray(importances) > 0)]
-
-
 def _scores(model: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.from_numpy(np.asarray(model.predict_proba(x.numpy()), dtype=np.float64))
 
 
+def _leaf(settings: Settings, train: Split) -> Settings:
+    """Let no leaf need more than an eighth of the examples, or a small set could not be divided at all."""
+    return settings | {"min_samples_leaf": max(1, min(settings["min_samples_leaf"], len(train.y) // 8))}
+
+
 def logistic(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
-    """Fit a logistic regression with an L1 penalty."""
-    model = LogisticRegression(
-        C=settings["C"], l1_ratio=1.0, solver="saga", max_iter=settings["max_iter"], tol=1e-3, random_state=seed
-    )
-    model.fit(train.x.numpy(), train.y.numpy())
-    return Fitted(_scores(model), _used(np.abs(model.coef_).max(axis=0)), int((model.coef_ != 0).sum()))
+    """Fit a logistic regression with an L1 penalty, of several classes each against the others.
+
+    The penalty is so many times weaker than the weakest with which all weights are zero.
+    """
+    x, y = train.x.numpy(), train.y.numpy()
+    one = LogisticRegression(
+        C=settings["times"] * l1_min_c(x, y, loss="log"), l1_ratio=1.0, solver="liblinear", max_iter=10_000,
+        random_state=seed,
+    )  # fmt: skip
+    model = OneVsRestClassifier(one) if n_classes > 2 else one
+    model.fit(x, y)
+    weights = np.concatenate([part.coef_ for part in (model.estimators_ if n_classes > 2 else [one])])
+    return Fitted(_scores(model), np.abs(weights).max(axis=0), int((weights != 0).sum()))
 
 
 def forest(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
     """Fit a random forest."""
-    model = RandomForestClassifier(n_estimators=500, random_state=seed, **settings)
+    model = RandomForestClassifier(n_estimators=500, random_state=seed, **_leaf(settings, train))
     model.fit(train.x.numpy(), train.y.numpy())
     nodes = sum(tree.tree_.node_count for tree in model.estimators_)
-    return Fitted(_scores(model), _used(model.feature_importances_), nodes)
+    return Fitted(_scores(model), model.feature_importances_, nodes)
 
 
 def histograms(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
     """Fit scikit-learn's histogram-based gradient boosting."""
-    model = HistGradientBoostingClassifier(random_state=seed, **settings)
+    model = HistGradientBoostingClassifier(random_state=seed, **_leaf(settings, train))
     model.fit(train.x.numpy(), train.y.numpy())
-    nodes = [tree.nodes for trees in model._predictors for tree in trees]
-    inner = [part[part["is_leaf"] == 0]["feature_idx"] for part in nodes]
-    return Fitted(_scores(model), np.unique(np.concatenate(inner)).tolist(), sum(map(len, nodes)))
+    nodes = np.concatenate([tree.nodes for trees in model._predictors for tree in trees])
+    inner = nodes[nodes["is_leaf"] == 0]
+    gains = np.bincount(inner["feature_idx"], weights=inner["gain"], minlength=train.x.shape[1]).astype(np.float64)
+    return Fitted(_scores(model), gains, len(nodes))
 
 
 def xgboost(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
     """Fit XGBoost."""
     model = XGBClassifier(n_jobs=1, random_state=seed, tree_method="hist", **settings)
     model.fit(train.x.numpy(), train.y.numpy())
-    return Fitted(_scores(model), _used(model.feature_importances_), len(model.get_booster().trees_to_dataframe()))
+    return Fitted(_scores(model), model.feature_importances_, len(model.get_booster().trees_to_dataframe()))
 
 
 def lassonet(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
@@ -95,18 +119,17 @@ def lassonet(settings: Settings, train: Split, n_classes: int, seed: int) -> Fit
     )
     model = LassoNetClassifier(
         hidden_dims=(settings["hidden"],), M=settings["M"], path_multiplier=PATH,
-        lambda_start=PATH_START, n_iters=(500, 50), patience=(50, 5),
-        random_state=seed, torch_seed=seed, verbose=0,
+        lambda_start=PATH_START, random_state=seed, torch_seed=seed, verbose=0,
     )  # fmt: skip
     path = model.path(x, y, X_val=x_held, y_val=y_held, return_state_dicts=True)
     best = min(path, key=lambda step: (step.val_loss, int(step.selected.sum())))
     model.load(best.state_dict)
-    features = best.selected.nonzero().flatten().tolist()
-    return Fitted(_scores(model), features, sum(int((p != 0).sum()) for p in model.model.parameters()))
+    weights: Tensor = model.model.skip.weight.detach().norm(dim=0)  # the path takes features away by these
+    return Fitted(_scores(model), weights.numpy(), sum(int((p != 0).sum()) for p in model.model.parameters()))
 
 
 OTHERS: dict[str, Method] = {
-    "L1 logistic regression": Method({"C": [0.003, 0.01, 0.03, 0.1, 1.0, 10.0], "max_iter": [200]}, logistic),
+    "L1 logistic regression": Method({"times": [1.5, 3.0, 10.0, 30.0, 100.0, 1000.0]}, logistic),
     "random forest": Method(
         {"max_features": ["sqrt", 0.03, 0.05, 0.1, 0.2, 0.5], "min_samples_leaf": [1, 3, 10]}, forest
     ),

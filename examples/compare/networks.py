@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from rich.console import Console
@@ -37,11 +38,12 @@ def _fitted(module: nn.Module) -> Fitted:
             return torch.as_tensor(module(x)).softmax(1).double()
 
     first = next(part for part in module.modules() if isinstance(part, nn.Linear | SparseLinear))
+    weight = first.weight.detach()
     if isinstance(first, SparseLinear):
-        read = torch.unique(first.col_indices).tolist()
+        squares = weight.new_zeros(first.in_features).index_add_(0, first.col_indices, weight.square())
     else:
-        read = first.weight.any(dim=0).nonzero().flatten().tolist()
-    return Fitted(scores, read, sum(int((p != 0).sum()) for p in module.parameters()))
+        squares = weight.square().sum(dim=0)
+    return Fitted(scores, squares.sqrt().numpy(), sum(int((p != 0).sum()) for p in module.parameters()))
 
 
 def _train(module: pl.LightningModule, train: Split, recipe: Recipe, seed: int, pruning: list[Any]) -> None:
@@ -111,7 +113,11 @@ def restarts(settings: Settings, train: Split, n_classes: int, seed: int) -> Fit
     places = torch.tensor(found.features)
     own = {"hidden": 256, "features": len(places), "weight_decay": 1e-3, "units": 64, "inputs": 4, "steps": TAIL}
     fitted = cpna(settings | own, Split(train.x[:, places], train.y), n_classes, seed)
-    return Fitted(lambda x: fitted.scores(x[:, places]), places[fitted.features].tolist(), fitted.parameters)
+    importances = np.zeros(p)
+    importances[list(found.features)] = fitted.importances
+    return Fitted(
+        lambda x: fitted.scores(x[:, places]), importances, fitted.parameters, certified=found.certificate.holds
+    )
 
 
 class SparseMLP(pl.LightningModule):

@@ -159,18 +159,29 @@ def scaled(train: Split, *others: Split) -> list[Split]:
 
 
 def splits(pooled: Split, seed: int, validation: float = 0.0) -> Splits:
-    """Draw a test part of a fifth, and a validation part of what is left; both stratified and drawn by the seed.
+    """Draw a test part of a fifth, and a validation part of what is left, and scale them by what remains.
 
     Args:
         pooled: All samples.
         seed: Of the draws.
         validation: The fraction of the other four fifths; 0: nothing is held out, and the part is empty.
     """
+    return Splits(*scaled(*unscaled_splits(pooled, seed, validation)))
+
+
+def unscaled_splits(pooled: Split, seed: int, validation: float = 0.0) -> Splits:
+    """Draw a test part of a fifth, and a validation part of what is left; both stratified and drawn by the seed.
+
+    Args:
+        pooled: As in `splits`.
+        seed: As in `splits`.
+        validation: As in `splits`.
+    """
     rows, test = train_test_split(np.arange(len(pooled.y)), test_size=0.2, stratify=pooled.y, random_state=seed)
     held = rows[:0]
     if validation:
         rows, held = train_test_split(rows, test_size=validation, stratify=pooled.y[rows], random_state=seed)
-    return Splits(*scaled(*(Split(pooled.x[part], pooled.y[part]) for part in (rows, held, test))))
+    return Splits(*(Split(pooled.x[part], pooled.y[part]) for part in (rows, held, test)))
 
 
 def folds(pooled: Split, seed: int, run: int = 0, n: int = 5) -> list[Splits]:
