@@ -257,11 +257,10 @@ class _Search:
 
     def stacks(self, subsets: Sequence[int]) -> list[dict[str, Any]]:
         """Divide the tries into stacks; the setting of each tells searches apart."""
-        digest = hashlib.sha256(self.description.encode())
-        for tensor in (self.x, self.y):
-            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
+        words = " ".join([self.description, fingerprint(self.x), fingerprint(self.y)])
+        key = hashlib.sha256(words.encode()).hexdigest()
         plan = {key: getattr(self.restarts, key) for key in ("pretraining", "annealing", "batch_size", "held_out")}
-        shared = {"key": digest.hexdigest(), "counts": list(self.counts), "seed": self.seed, **plan}
+        shared = {"key": key, "counts": list(self.counts), "seed": self.seed, **plan}
         together, n = self.restarts.together, self.restarts.n
         return [
             {
@@ -560,7 +559,7 @@ def _first_weight(network: LightningModule, x: Tensor) -> tuple[str, bool]:
 
 def _try_out(network: LightningModule, x: Tensor, y: Tensor) -> None:
     """Let a network by itself compute the loss of a batch, so that what it cannot do is said by itself."""
-    with warnings.catch_warnings(), torch.no_grad(), evaluating(network):
+    with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(), evaluating(network):
         warnings.filterwarnings("ignore", message=".*self.trainer. reference is not registered")
         try:
             network.training_step((x, y), 0)

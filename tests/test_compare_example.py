@@ -91,11 +91,6 @@ def test_what_is_held_out_is_a_quarter_of_each_class() -> None:
     assert torch.bincount(held.y).tolist() == [10, 10, 10]
 
 
-def numbered(name: str, n: int = 120) -> Split:
-    """Rows that bear their number, of a set of any name."""
-    return Split(torch.arange(n).float()[:, None].expand(n, 10), torch.arange(n) % 3)
-
-
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[set[float]]]:
     """Note which rows of a set, whose rows bear their numbers, a method is fitted to and measured on."""
@@ -109,10 +104,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[set[float]]]:
         seen["measured"].append(set(split.x[:, 0].tolist()))
         return 50.0
 
-    whole = numbered("any")
     rows = torch.randperm(120, generator=torch.Generator().manual_seed(1))
-    parts = (Split(whole.x[part], whole.y[part]) for part in (rows[:80], rows[80:]))
-    monkeypatch.setattr(problems, "_parts", lambda *_, parts=tuple(parts): parts)
+    parts = [Split(part.float()[:, None].expand(-1, 10), part % 3) for part in rows.split([80, 40])]
+    monkeypatch.setattr(problems, "_parts", lambda *_: parts)
     monkeypatch.setattr(problems, "_scaled", lambda name, train, test: (train, test))
     monkeypatch.setitem(compare.METHODS, "SET", compare.METHODS["SET"]._replace(fit=fit))
     monkeypatch.setattr(compare, "measure", measure)

@@ -19,6 +19,7 @@ from examples.quiet import quiet_trainer
 from examples.xor.problem import Phase, PhaseBatches, Phases
 from examples.xor.recipes import Recipe, callbacks, features, hidden_by_score, inputs
 from lightning_cpna import Geometric, Growth, NeuronPruning, Restarts, SETRewiring, SparseLinear, find_features
+from lightning_cpna.targets import axes_of
 
 LATE_DECAY = 1e-4  # chosen on XOR: what is left late must fit more than it must shrink
 REWIRINGS = 100  # chosen: of a run
@@ -38,11 +39,7 @@ def _fitted(module: nn.Module) -> Fitted:
             return torch.as_tensor(module(x)).softmax(1).double()
 
     first = next(part for part in module.modules() if isinstance(part, nn.Linear | SparseLinear))
-    weight = first.weight.detach()
-    if isinstance(first, SparseLinear):
-        squares = weight.new_zeros(first.in_features).index_add_(0, first.col_indices, weight.square())
-    else:
-        squares = weight.square().sum(dim=0)
+    squares = axes_of(first, "weight").sum_of_inputs(first.weight.detach().square())[0]
     return Fitted(scores, squares.sqrt().numpy(), sum(int((p != 0).sum()) for p in module.parameters()))
 
 
