@@ -16,29 +16,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_cpna._lightning import Callback, LightningModule, Trainer
 from lightning_cpna.callbacks import CPNAPruning
 from lightning_cpna.certificate import Certificate, certify, failed, n_orders
-from lightning_cpna.compact import compact
 from lightning_cpna.layers import evaluating
 from lightning_cpna.mask import Mask
 from lightning_cpna.member_batches import member_loader, mixed_seed
 from lightning_cpna.moments import replace_
 from lightning_cpna.schedules import Geometric, OneShot
+from lightning_cpna.search_inputs import check, counts_of, first_weight, subset_sizes, tensor_of, try_out
 from lightning_cpna.sparsity import sparsity_of
 from lightning_cpna.stacked import describe, member, stack
 from lightning_cpna.sweeps import Backend, Row, SweepError, n_workers, sweep
-from lightning_cpna.tracing import trace
 from lightning_cpna.words import fingerprint
 
 MAX_HELD = 2000  # chosen: with more the certificate is hardly surer, and takes minutes at the default level
 MAX_CELLS = 40_000  # chosen: held-out examples times labels, at most; a file of eight tries then has some megabytes
-MAX_SCALE = 10.0  # chosen: by how much the scales of columns may differ without a warning
 FURTHER = 6  # each further count takes a sixth of the epochs of the first
 _SUBSET, _WEIGHTS, _ORDER, _REFIT, _HELD_OUT, _PERMUTATIONS = range(6)  # what a seed is for
 
@@ -179,20 +176,20 @@ def find_features(
     if len(indices) == 2 and not indices[0].equals(indices[1]):
         raise ValueError("y has another index than x; allowed are rows in the same order, as y.loc[x.index] has them")
     columns = list(getattr(x, "columns", ())) or None
-    x, y = _tensor("x", x), _tensor("y", y)
-    counts = _counts(n_features)
+    x, y = tensor_of("x", x), tensor_of("y", y)
+    counts = counts_of(n_features)
     if not hasattr(seed, "__index__") or seed < 0:
         raise ValueError(f"seed is {seed!r}; allowed is an int >= 0")
     seed = operator.index(seed)
-    _check(network, trainer, x, y, counts, columns)
-    subsets = _subsets(restarts.subset, x.shape[1], counts[0])
+    check(network, trainer, x, y, counts, columns)
+    subsets = subset_sizes(restarts.subset, x.shape[1], counts[0])
     first = _seeded(0, partial(network, subsets[0]))
     dtype = next(first.parameters()).dtype
     x, y = x.to(dtype), y.to(dtype) if y.is_floating_point() else y
     for n in (4, 1):  # losses on held-out examples are those of one
-        _try_out(first, x[:n, : subsets[0]], y[:n])
+        try_out(first, x[:n, : subsets[0]], y[:n])
     description = " ".join([describe(first), fingerprint(network), fingerprint(trainer)])
-    weight, can_drop = _first_weight(first, x[:4, : subsets[0]])
+    weight, can_drop = first_weight(first, x[:4, : subsets[0]])
     search = _Search(network, trainer, x, y, weight, can_drop, counts, restarts, seed, description)
     _warn_of_few_orders(search)
     with tempfile.TemporaryDirectory() as temporary:
@@ -461,66 +458,6 @@ def _run_stack(search: _Search, *, stack: int, subset: int, n_tries: int, **_: A
     return search.run(stack, subset, n_tries)
 
 
-def _counts(n_features: int | Sequence[int]) -> tuple[int, ...]:
-    several = n_features if isinstance(n_features, Iterable) else [n_features]
-    counts = {operator.index(count) for count in several if hasattr(count, "__index__")}
-    if not counts or not all(hasattr(count, "__index__") for count in several):
-        raise ValueError(f"n_features is {n_features!r}; allowed is an int, or several")
-    return tuple(sorted(counts, reverse=True))
-
-
-def _tensor(argument: str, values: Any) -> Tensor:
-    if isinstance(values, Tensor):
-        return values.detach().cpu()
-    array = np.asarray(values)
-    if array.dtype.kind not in "bfiu":
-        kinds = zip(values.columns, values.dtypes, strict=True) if hasattr(values, "columns") else ()
-        others = {name: str(kind) for name, kind in kinds if getattr(kind, "kind", "O") not in "bfiu"}
-        if hasattr(values, "columns") and not others:  # numbers and bools, or a type that has missing values
-            return torch.tensor(values.to_numpy(float, na_value=math.nan))
-        what = f"columns of other types: {dict(itertools.islice(others.items(), 10))}" if others else str(array.dtype)
-        raise ValueError(f"{argument} holds {what}; allowed are numbers")
-    return torch.tensor(array)
-
-
-def _check(network: Any, trainer: Any, x: Tensor, y: Tensor, counts: Sequence[int], names: list[Any] | None) -> None:
-    if isinstance(network, nn.Module) or not callable(network):
-        raise ValueError(
-            f"network is a {type(network).__name__}; allowed is a class or function of the number of features"
-        )
-    if not callable(trainer):
-        raise ValueError(f"trainer is a {type(trainer).__name__}; allowed is the class Trainer, or a function as it")
-    ours = {"max_epochs", "callbacks", "logger", "log_every_n_steps", "enable_checkpointing"}
-    if isinstance(trainer, partial) and (given := sorted(ours & set(trainer.keywords))):
-        raise ValueError(f"trainer: {given[0]} is given, which the search says itself; allowed are other arguments")
-    if x.ndim != 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}; allowed is (n, p)")
-    if y.dtype == torch.bool:
-        raise ValueError("y has type torch.bool; allowed are floats for binary_cross_entropy, ints for cross_entropy")
-    if y.ndim < 1 or len(y) != len(x):
-        raise ValueError(f"y has shape {tuple(y.shape)}; allowed is one label for each of the {len(x)} rows of x")
-    if n_bad := int((~y.isfinite()).flatten(1).any(dim=1).sum() if y.ndim > 1 else (~y.isfinite()).sum()):
-        raise ValueError(f"y has values that are not finite in {n_bad} of {len(y)} rows; allowed are numbers")
-    if len(x) < 4:
-        raise ValueError(f"x has {len(x)} rows; allowed is 4 or more, of which some are held out")
-    if len(torch.unique(y, dim=0)) < 2:
-        raise ValueError("y is the same in every row; allowed are two labels or more")
-    if not x.isfinite().all():
-        places = (~x.isfinite().all(dim=0)).nonzero().flatten().tolist()
-        columns = places if names is None else [names[place] for place in places]
-        raise ValueError(f"x has values that are not finite in columns {columns[:10]}; allowed are numbers")
-    if not all(1 <= count < x.shape[1] for count in counts):
-        raise ValueError(f"n_features is {list(counts)}; allowed are 1 to {x.shape[1] - 1}, fewer than x has columns")
-    spread, mean = torch.std_mean(x.double(), dim=0)
-    spread, mean = spread[spread > 0], mean[spread > 0].abs()
-    if len(spread) and (spread.max() > MAX_SCALE * spread.min() or (mean > MAX_SCALE * spread).any()):
-        warnings.warn(
-            f"x has columns whose standard deviations are from {spread.min():.2g} to {spread.max():.2g} and whose means are "
-            f"up to {mean.max():.2g}: features are ranked by the norms of their weights, so scale the columns alike first",
-            stacklevel=3,
-        )
-
-
 def _warn_of_few_orders(search: _Search) -> None:
     """Warn if the certificate hardly can hold, whatever is found."""
     restarts, which = search.restarts, search.parts().which
@@ -532,43 +469,6 @@ def _warn_of_few_orders(search: _Search) -> None:
             "hold; hold out more (held_out), ask less often (a smaller n, or more tries together), or raise the level",
             stacklevel=3,
         )
-
-
-def _subsets(subset: float | Sequence[float], p: int, most: int) -> list[int]:
-    """Turn what a user wants to draw into numbers of features, more than are wanted."""
-    wanted = list(subset) if isinstance(subset, Sequence) else [subset]
-    sizes = [max(most + 1, round(one * p)) if isinstance(one, float) and 0 < one <= 1 else one for one in wanted]
-    if not sizes or not all(type(size) is int and most < size <= p for size in sizes):
-        raise ValueError(
-            f"subset is {subset}; allowed is more than the {most} features wanted, up to {p}, or a fraction in (0, 1]"
-        )
-    return [int(size) for size in dict.fromkeys(sizes)]
-
-
-def _first_weight(network: LightningModule, x: Tensor) -> tuple[str, bool]:
-    """Find the one weight that reads the features, and tell whether the network can do with fewer."""
-    graph = trace(network, x)
-    first = [name for name, layer in graph.items() if layer.unknown_source is None and bool((layer.sources < 0).all())]
-    if len(first) != 1 or network.get_parameter(first[0]).ndim != 2:
-        raise ValueError(
-            f"network: {', '.join(first) or 'no traced layer'} read the features; allowed is one Linear layer that does"
-        )
-    network.get_parameter(first[0]).detach()[:, ::2] = 0
-    return first[0], compact(network, x, batch_sizes=()).features is not None
-
-
-def _try_out(network: LightningModule, x: Tensor, y: Tensor) -> None:
-    """Let a network by itself compute the loss of a batch, so that what it cannot do is said by itself."""
-    with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(), evaluating(network):
-        warnings.filterwarnings("ignore", message=".*self.trainer. reference is not registered")
-        try:
-            network.training_step((x, y), 0)
-        except Exception as error:
-            error.add_note(
-                f"network: this is its training_step with x {tuple(x.shape)} {x.dtype} and y {tuple(y.shape)} {y.dtype}; "
-                "batches have 1 example or more; classes must be ints, other labels floats of the shape of the outputs"
-            )
-            raise
 
 
 def _seeded(seed: int, build: Callable[[], LightningModule]) -> LightningModule:

@@ -22,7 +22,8 @@ pytest.importorskip("joblib", reason="the extra 'sweeps' is not installed")
 from lightning_cpna import Found, Restarts, find_features, member, stack
 from lightning_cpna import search as search_module
 from lightning_cpna.member_batches import mixed_seed
-from lightning_cpna.search import _Examples, _first_weight
+from lightning_cpna.search import _Examples
+from lightning_cpna.search_inputs import first_weight
 from tests.helpers import on_every_device
 
 pd = pytest.importorskip("pandas", reason="the extra 'sweeps' is not installed")
@@ -193,7 +194,7 @@ def test_features_that_are_dropped_change_nothing(monkeypatch: pytest.MonkeyPatc
     x, y = (part.double() for part in xor())
     network = lambda n: Net(n).double()  # noqa: E731
     dropped = search(x, y, network=network)
-    monkeypatch.setattr(search_module, "_first_weight", lambda *given: (_first_weight(*given)[0], False))
+    monkeypatch.setattr(search_module, "first_weight", lambda *given: (first_weight(*given)[0], False))
     kept = search(x, y, network=network)
     for ours, theirs in zip(dropped.rows, kept.rows, strict=True):
         assert ours["features"] == theirs["features"]
@@ -202,8 +203,8 @@ def test_features_that_are_dropped_change_nothing(monkeypatch: pytest.MonkeyPatc
 
 def test_a_network_that_reads_features_in_two_places_keeps_them_all() -> None:
     x, y = xor()
-    assert _first_weight(Net(8), x[:4, :8]) == ("net.0.weight", True)
-    assert _first_weight(Net(8, norm=True), x[:4, :8]) == ("net.1.weight", False)
+    assert first_weight(Net(8), x[:4, :8]) == ("net.0.weight", True)
+    assert first_weight(Net(8, norm=True), x[:4, :8]) == ("net.1.weight", False)
     assert search(x, y, network=partial(Net, norm=True)).features == (3, 7)
 
 
