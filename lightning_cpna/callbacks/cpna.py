@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 
 from lightning_cpna._lightning import LightningModule
-from lightning_cpna.callbacks.base import Fit, agree
+from lightning_cpna.callbacks.fit import Fit
+from lightning_cpna.callbacks.ranks import agree
 from lightning_cpna.callbacks.scheduled import ScheduledPruning, check_choice, check_function, check_targets
 from lightning_cpna.graph import Graph
 from lightning_cpna.rescale import Moments, rescalable, rescale_, verify_rescaling

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lightning_cpna._lightning import LightningModule, Trainer
 from lightning_cpna.activations import Watch
-from lightning_cpna.callbacks.base import Fit, agree
 from lightning_cpna.callbacks.capture import running_eagerly
+from lightning_cpna.callbacks.fit import Fit
+from lightning_cpna.callbacks.ranks import agree
 from lightning_cpna.callbacks.scheduled import ScheduledPruning, check_choice, check_function, check_targets
 from lightning_cpna.layers import layers_of
 from lightning_cpna.observe import mean_replacement_penalties

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_cpna._lightning import LightningModule, Trainer
-from lightning_cpna.callbacks.base import Fit, SparsityCallback, broadcast
+from lightning_cpna.callbacks.base import SparsityCallback
 from lightning_cpna.callbacks.capture import running_eagerly
+from lightning_cpna.callbacks.fit import Fit
+from lightning_cpna.callbacks.ranks import broadcast
 from lightning_cpna.callbacks.scheduled import check_choice, check_targets
 from lightning_cpna.growth import Decay, Factors, Growth, GrowthKind, check_zeta
 from lightning_cpna.layers import layers_of

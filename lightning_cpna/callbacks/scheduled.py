@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from lightning_cpna._lightning import LightningModule, Trainer
-from lightning_cpna.callbacks.base import Fit, SparsityCallback
+from lightning_cpna.callbacks.base import SparsityCallback
+from lightning_cpna.callbacks.fit import Fit
 from lightning_cpna.schedules import Schedule, ScheduleFunction, n_remaining
 from lightning_cpna.sparsity import Budget
 

@@ -14,17 +14,11 @@ import torch
 from torch import Tensor
 
 from lightning_cpna._lightning import LightningModule, Trainer
-from lightning_cpna.callbacks.base import (
-    Fit,
-    SparsityCallback,
-    agree,
-    averaging,
-    broadcast,
-    in_full_shapes,
-    ours,
-)
+from lightning_cpna.callbacks.base import SparsityCallback, averaging, in_full_shapes, ours
+from lightning_cpna.callbacks.fit import Fit
 from lightning_cpna.callbacks.log import give_loggers, last_step
 from lightning_cpna.callbacks.order import BatchOrder
+from lightning_cpna.callbacks.ranks import agree, broadcast
 from lightning_cpna.callbacks.scheduled import check_choice, check_targets
 from lightning_cpna.plots import log_figure, plot_tickets
 from lightning_cpna.schedules import Geometric
