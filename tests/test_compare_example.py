@@ -18,8 +18,8 @@ pytest.importorskip("lassonet", reason="the extra 'compare' is not installed")
 from sklearn.metrics import accuracy_score, roc_auc_score
 
 from examples.compare import __main__ as compare
-from examples.compare import methods, networks, problems
-from examples.compare.methods import Fitted
+from examples.compare import methods, problems
+from examples.compare.methods import Description, Fitted
 from examples.compare.problems import held_out, load
 from examples.data import ASU, Split
 from examples.page import fill
@@ -43,11 +43,10 @@ def blobs(n: int = 120) -> Split:
 @pytest.mark.parametrize(
     "method", [pytest.param(it, marks=pytest.mark.slow) if it == "LassoNet" else it for it in compare.METHODS]
 )
-def test_every_method_learns_blobs_and_says_what_it_reads(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_method_learns_blobs_and_says_what_it_reads(method: str) -> None:
     space, fit = compare.METHODS[method]
     settings = {name: SMALL.get(name, values[0]) for name, values in space.items()}
     settings |= {"times": 30.0} if "times" in space else {}
-    monkeypatch.setattr(networks, "TAIL", 300)
     fitted = fit(settings, blobs(), 3, 0)
     scores = fitted.scores(blobs(60).x)
     assert scores.shape == (60, 3)
@@ -64,7 +63,7 @@ def test_every_method_learns_blobs_and_says_what_it_reads(method: str, monkeypat
 @pytest.mark.parametrize("n_classes", [2, 3])
 def test_measures_are_those_of_scikit_learn(n_classes: int) -> None:
     scores, y = torch.rand(50, n_classes, dtype=torch.float64), torch.arange(50) % n_classes
-    fitted = Fitted(lambda x: scores, np.ones(1), 1)
+    fitted = Fitted(lambda x: scores, lambda: Description(np.ones(1), 1))
     found = compare.measure(fitted, Split(torch.zeros(50, 1), y))
     expected = roc_auc_score(y, scores[:, 1] - scores[:, 0]) if n_classes == 2 else accuracy_score(y, scores.argmax(1))
     assert found == pytest.approx(100 * expected, abs=1e-4)
@@ -72,12 +71,15 @@ def test_measures_are_those_of_scikit_learn(n_classes: int) -> None:
 
 def test_trials_are_the_same_for_all_problems_and_the_best_on_what_is_held_out_is_taken() -> None:
     for method in compare.METHODS:
-        drawn = [compare.drawn(method, trial, 6) for trial in range(6)]
+        drawn = [compare.drawn("3-D XOR p=60", method, trial, 6) for trial in range(6)]
         assert len({json.dumps(one, sort_keys=True) for one in drawn}) == 6, "all methods have as many trials"
         for name, values in compare.METHODS[method].space.items():
             counts = Counter(json.dumps(one[name]) for one in drawn)
             assert set(counts) <= set(map(json.dumps, values))
             assert all(abs(counts[json.dumps(value)] - 6 / len(values)) < 1 for value in values), name
+        for trial, one in enumerate(drawn):
+            half = {"steps": one["steps"] // 2} if "steps" in one else {}
+            assert compare.drawn("car", method, trial, 6) == one | half
     rows = [
         {"problem": "a", "method": "m", "validation": value, "settings": settings}
         for value, settings in ((1.0, "x"), (5.0, "y"), (2.0, "z"), (1.0, "x"), (0.0, "y"), (4.0, "z"))
@@ -98,7 +100,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[set[float]]]:
 
     def fit(settings: Any, train: Split, n_classes: int, seed: int) -> Fitted:
         seen["fitted"].append(set(train.x[:, 0].tolist()))
-        return Fitted(lambda x: torch.zeros(len(x), n_classes), np.ones(10), 1)
+        return Fitted(lambda x: torch.zeros(len(x), n_classes), lambda: Description(np.ones(10), 1))
 
     def measure(fitted: Fitted, split: Split) -> float:
         seen["measured"].append(set(split.x[:, 0].tolist()))
@@ -138,7 +140,7 @@ def test_a_network_does_not_draw_the_numbers_of_its_data(monkeypatch: pytest.Mon
 
     def fit(settings: Any, train: Split, n_classes: int, seed: int) -> Fitted:
         given[:] = [train, seed]
-        return Fitted(lambda x: torch.zeros(len(x), n_classes), np.ones(60), 1)
+        return Fitted(lambda x: torch.zeros(len(x), n_classes), lambda: Description(np.ones(60), 1))
 
     monkeypatch.setitem(compare.METHODS, "SET", compare.METHODS["SET"]._replace(fit=fit))
     compare.repeat(problem="3-D XOR p=60", method="SET", seed=6003, settings="{}", folder=None)
@@ -169,13 +171,13 @@ def test_leaves_need_no_more_than_an_eighth_of_the_examples() -> None:
 def test_lasso_of_several_classes_reads_nothing_just_below_the_smallest_penalty() -> None:
     for n_classes in (2, 3):
         data = blobs()
-        data = Split(data.x, data.y % n_classes)
+        data = Split(data.x - data.x.mean(0), data.y % n_classes)
         assert methods.logistic({"times": 0.9}, data, n_classes, 0).features == []
         assert methods.logistic({"times": 2.0}, data, n_classes, 0).features
 
 
 def test_the_features_that_matter_most_are_read() -> None:
-    fitted = Fitted(lambda x: x, np.array([0.0, 3.0, 1.0, 0.0, 2.0]), 1)
+    fitted = Fitted(lambda x: x, lambda: Description(np.array([0.0, 3.0, 1.0, 0.0, 2.0]), 1))
     assert fitted.features == [1, 2, 4]
     assert fitted.top(2) == [1, 4]
     assert fitted.top(4) == [1, 4, 2]
@@ -183,20 +185,21 @@ def test_the_features_that_matter_most_are_read() -> None:
 
 def test_the_tables_from_rows_made_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "METHODS", {method: compare.METHODS[method] for method in ("XGBoost", "SET")})
-    common = {"features": 4, "parameters": 1000, "fit_seconds": 2.0, "predict_seconds": 0.0015}
+    common = {"n_test": 7, "features": 4, "parameters": 1000, "fit_seconds": 2.0, "predict_seconds": 0.0015}
     rows = [
         {"problem": problem, "method": method, "test": test, **common, **known}
         for problem, known in (("a", {}), ("b", {"precision": 0.5, "recall": 1.0, "top": 0.75}))
-        for method, tests in (("XGBoost", (90.0, 92.0)), ("SET", (80.0, 80.0)))
+        for method, tests in (("XGBoost", (90.0, 92.0)), ("SET", (80.0, 80.0) if problem == "a" else (90.0, 90.0)))
         for test in tests
     ]
     rows[-1] |= {"precision": 0.25, "recall": 0.5, "fit_seconds": 6.0}
     lines = compare.table(rows).splitlines()
-    assert "| a | **91.0 ± 1.4** | 80.0 ± 0.0 |" in lines
+    assert "| a | 7 | **91.0 ± 1.4** | 80.0 ± 0.0 |" in lines
+    assert "| b | 7 | **91.0 ± 1.4** | **90.0 ± 0.0** |" in lines, "nearly first is bold, too"
     assert "| features: precision / recall, top | b |" in lines
     assert "| SET | 4: 0.38 / 0.75, 0.75 (all in 1 of 2) |" in lines
     assert "| XGBoost | none / 1.0 | 2 | 4 | 1,000 | 2.0 (2) | 1.5 |" in lines
-    assert "| SET | none / 2.0 | 0 | 4 | 1,000 | 3.0 (6) | 1.5 |" in lines
+    assert "| SET | none / 2.0 | 1 | 4 | 1,000 | 3.0 (6) | 1.5 |" in lines
 
 
 def test_the_page_shows_the_committed_results_of_settings_that_were_best_in_the_search() -> None:
@@ -220,8 +223,9 @@ def test_the_page_shows_the_committed_results_of_settings_that_were_best_in_the_
 def test_a_repeat_counts_the_relevant_features(monkeypatch: pytest.MonkeyPatch) -> None:
     importances = np.zeros(40)
     importances[[0, 1, 7, 9]] = [1.0, 0.2, 0.5, 0.1]
-    fitted = Fitted(lambda x: torch.rand(len(x), 2), importances, 5, certified=True)
+    fitted = Fitted(lambda x: torch.rand(len(x), 2), lambda: Description(importances, 5), certified=True)
     monkeypatch.setitem(compare.METHODS, "SET", compare.METHODS["SET"]._replace(fit=lambda *_: fitted))
     row = compare.repeat(problem="4-D XOR p=40", method="SET", seed=1, settings="{}", folder=Path())
     assert (row["precision"], row["recall"], row["features"], row["parameters"]) == (0.5, 0.5, 4, 5)
+    assert row["n_test"] == problems.N
     assert (row["top"], row["certified"]) == (0.5, True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,23 +23,50 @@ from examples.data import Split
 
 Settings = dict[str, Any]
 PATH = 1.1  # chosen: with the default, 1.02, a fit to 10,000 features takes half an hour
+FREE = 100.0  # chosen: so large that the intercept of a logistic regression is hardly penalised
 PATH_START = 0.1  # all features are in use there; the default searches for it, up to 10,000 times
 
 
-class Fitted(NamedTuple):
+class Description(NamedTuple):
+    """What a fitted method is made of.
+
+    Attributes:
+        importances: How much each feature matters to it, by the method's own measure, ``(features,)``; 0: it is not read.
+        parameters: Numbers that it needs to predict: weights that are not zero, or nodes of trees.
+    """
+
+    importances: NDArray[np.floating[Any]]
+    parameters: int
+
+
+@dataclass
+class Fitted:
     """A fitted method.
 
     Attributes:
-        scores: From ``(n, features)`` to the classes' scores, ``(n, class)``.
-        importances: How much each feature matters to it, by the method's own measure, ``(features,)``; 0: it is not read.
-        parameters: Numbers that it needs to predict: weights that are not zero, or nodes of trees.
+        scores: From ``(n, features)`` to the classes' scores, ``(n, class)``: logits, where a method has them.
+        describe: Tells what it is made of, which takes time that fitting does not.
         certified: Whether the features are certified, if that is asked.
     """
 
     scores: Callable[[Tensor], Tensor]
-    importances: NDArray[np.floating[Any]]
-    parameters: int
+    describe: Callable[[], Description]
     certified: bool | None = None
+
+    @cached_property
+    def description(self) -> Description:
+        """What it is made of."""
+        return self.describe()
+
+    @property
+    def importances(self) -> NDArray[np.floating[Any]]:
+        """How much each feature matters to it."""
+        return self.description.importances
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it needs to predict."""
+        return self.description.parameters
 
     @property
     def features(self) -> list[int]:
@@ -74,42 +103,58 @@ def _leaf(settings: Settings, train: Split) -> Settings:
 def logistic(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
     """Fit a logistic regression with an L1 penalty, of several classes each against the others.
 
-    The penalty is so many times weaker than the weakest with which all weights are zero.
+    The penalty is so many times weaker than the weakest with which all weights are zero, if the columns are centred.
     """
     x, y = train.x.numpy(), train.y.numpy()
     one = LogisticRegression(
-        C=settings["times"] * l1_min_c(x, y, loss="log"), l1_ratio=1.0, solver="liblinear", max_iter=10_000,
-        random_state=seed,
+        C=settings["times"] * l1_min_c(x, y, loss="log", fit_intercept=False), l1_ratio=1.0, solver="liblinear",
+        max_iter=10_000, random_state=seed, intercept_scaling=FREE,
     )  # fmt: skip
     model = OneVsRestClassifier(one) if n_classes > 2 else one
     model.fit(x, y)
-    weights = np.concatenate([part.coef_ for part in (model.estimators_ if n_classes > 2 else [one])])
-    return Fitted(_scores(model), np.abs(weights).max(axis=0), int((weights != 0).sum()))
+
+    def describe() -> Description:
+        parts = model.estimators_ if n_classes > 2 else [one]
+        weights = np.concatenate([part.coef_ for part in parts])
+        return Description(np.abs(weights).max(axis=0), int((weights != 0).sum()) + len(parts))
+
+    return Fitted(_scores(model), describe)
 
 
 def forest(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
     """Fit a random forest."""
     model = RandomForestClassifier(n_estimators=500, random_state=seed, **_leaf(settings, train))
     model.fit(train.x.numpy(), train.y.numpy())
-    nodes = sum(tree.tree_.node_count for tree in model.estimators_)
-    return Fitted(_scores(model), model.feature_importances_, nodes)
+
+    def describe() -> Description:
+        return Description(model.feature_importances_, sum(tree.tree_.node_count for tree in model.estimators_))
+
+    return Fitted(_scores(model), describe)
 
 
 def histograms(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
     """Fit scikit-learn's histogram-based gradient boosting."""
     model = HistGradientBoostingClassifier(random_state=seed, **_leaf(settings, train))
     model.fit(train.x.numpy(), train.y.numpy())
-    nodes = np.concatenate([tree.nodes for trees in model._predictors for tree in trees])
-    inner = nodes[nodes["is_leaf"] == 0]
-    gains = np.bincount(inner["feature_idx"], weights=inner["gain"], minlength=train.x.shape[1]).astype(np.float64)
-    return Fitted(_scores(model), gains, len(nodes))
+
+    def describe() -> Description:
+        nodes = np.concatenate([tree.nodes for trees in model._predictors for tree in trees])
+        inner = nodes[nodes["is_leaf"] == 0]
+        gains = np.bincount(inner["feature_idx"], weights=inner["gain"], minlength=train.x.shape[1]).astype(np.float64)
+        return Description(gains, len(nodes))
+
+    return Fitted(_scores(model), describe)
 
 
 def xgboost(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
     """Fit XGBoost."""
-    model = XGBClassifier(n_jobs=1, random_state=seed, tree_method="hist", **settings)
+    model = XGBClassifier(n_jobs=1, random_state=seed, tree_method="hist", importance_type="total_gain", **settings)
     model.fit(train.x.numpy(), train.y.numpy())
-    return Fitted(_scores(model), model.feature_importances_, len(model.get_booster().trees_to_dataframe()))
+
+    def describe() -> Description:
+        return Description(model.feature_importances_, len(model.get_booster().trees_to_dataframe()))
+
+    return Fitted(_scores(model), describe)
 
 
 def lassonet(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
@@ -124,8 +169,16 @@ def lassonet(settings: Settings, train: Split, n_classes: int, seed: int) -> Fit
     path = model.path(x, y, X_val=x_held, y_val=y_held, return_state_dicts=True)
     best = min(path, key=lambda step: (step.val_loss, int(step.selected.sum())))
     model.load(best.state_dict)
-    weights: Tensor = model.model.skip.weight.detach().norm(dim=0)  # the path takes features away by these
-    return Fitted(_scores(model), weights.numpy(), sum(int((p != 0).sum()) for p in model.model.parameters()))
+
+    def scores(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.as_tensor(model.model(x)).double()
+
+    def describe() -> Description:
+        weights: Tensor = model.model.skip.weight.detach().norm(dim=0)  # the path takes features away by these
+        return Description(weights.numpy(), sum(int((p != 0).sum()) for p in model.model.parameters()))
+
+    return Fitted(scores, describe)
 
 
 OTHERS: dict[str, Method] = {
@@ -140,6 +193,7 @@ OTHERS: dict[str, Method] = {
             "min_samples_leaf": [5, 20],
             "max_leaf_nodes": [15, 31, 63],
             "l2_regularization": [0.0, 1.0],
+            "max_features": [1.0, 0.3, 0.1],
         },
         histograms,
     ),
@@ -149,6 +203,7 @@ OTHERS: dict[str, Method] = {
             "n_estimators": [100, 300],
             "max_depth": [3, 6, 9],
             "subsample": [0.7, 1.0],
+            "colsample_bytree": [1.0, 0.3, 0.1],
         },
         xgboost,
     ),

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from examples.compare.methods import Fitted, Method, Settings
+from examples.compare.methods import Description, Fitted, Method, Settings
 from examples.data import Batches, Split, loader
 from examples.features.networks import Classifier
 from examples.quiet import quiet_trainer
@@ -23,7 +23,6 @@ from lightning_cpna.targets import axes_of
 
 LATE_DECAY = 1e-4  # chosen on XOR: what is left late must fit more than it must shrink
 REWIRINGS = 100  # chosen: of a run
-TAIL = 12000  # chosen: steps for which a network of the features that restarts find is trained and pruned
 
 
 def _epochs(steps: float, n: int, batch_size: int) -> int:
@@ -36,11 +35,14 @@ def _fitted(module: nn.Module) -> Fitted:
 
     def scores(x: Tensor) -> Tensor:
         with torch.no_grad():
-            return torch.as_tensor(module(x)).softmax(1).double()
+            return torch.as_tensor(module(x)).double()
 
-    first = next(part for part in module.modules() if isinstance(part, nn.Linear | SparseLinear))
-    squares = axes_of(first, "weight").sum_of_inputs(first.weight.detach().square())[0]
-    return Fitted(scores, squares.sqrt().numpy(), sum(int((p != 0).sum()) for p in module.parameters()))
+    def describe() -> Description:
+        first = next(part for part in module.modules() if isinstance(part, nn.Linear | SparseLinear))
+        squares = axes_of(first, "weight").sum_of_inputs(first.weight.detach().square())[0]
+        return Description(squares.sqrt().numpy(), sum(int((p != 0).sum()) for p in module.parameters()))
+
+    return Fitted(scores, describe)
 
 
 def _train(module: pl.LightningModule, train: Split, recipe: Recipe, seed: int, pruning: list[Any]) -> None:
@@ -55,11 +57,23 @@ def _train(module: pl.LightningModule, train: Split, recipe: Recipe, seed: int, 
     trainer.fit(module, DataLoader(Batches(train), sampler=batches, batch_size=None))
 
 
+class Dropping(Classifier):
+    """A classifier that drops inputs while it trains."""
+
+    dropout: float
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the cross-entropy."""
+        x, y = batch
+        return super().training_step((nn.functional.dropout(x, self.dropout), y), batch_idx)
+
+
 def dense(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
     """Train a dense network."""
     pl.seed_everything(seed, verbose=False)
     n, p = train.x.shape
-    module = Classifier(p, n_classes, settings["hidden"])
+    module = Dropping(p, n_classes, settings["hidden"])
+    module.dropout = settings["dropout"]
     size, lr, decay = settings["batch_size"], settings["lr"], settings["weight_decay"]
     recipe: Recipe = [
         (Phase(_epochs(settings["steps"] * 2 / 3, n, size), size, lr, decay), None),
@@ -108,13 +122,15 @@ def restarts(settings: Settings, train: Split, n_classes: int, seed: int) -> Fit
     trainer, quiet = partial(pl.Trainer, accelerator="cpu"), Console(quiet=True)
     found = find_features(network, trainer, *train, counts, restarts=plan, seed=seed, console=quiet)
     places = torch.tensor(found.features)
-    own = {"hidden": 256, "features": len(places), "weight_decay": 1e-3, "units": 64, "inputs": 4, "steps": TAIL}
+    own = {"hidden": 256, "features": len(places), "weight_decay": 1e-3, "units": 64, "inputs": 4}
     fitted = cpna(settings | own, Split(train.x[:, places], train.y), n_classes, seed)
-    importances = np.zeros(p)
-    importances[list(found.features)] = fitted.importances
-    return Fitted(
-        lambda x: fitted.scores(x[:, places]), importances, fitted.parameters, certified=found.certificate.holds
-    )
+
+    def describe() -> Description:
+        importances = np.zeros(p)
+        importances[list(found.features)] = fitted.importances
+        return Description(importances, fitted.parameters)
+
+    return Fitted(lambda x: fitted.scores(x[:, places]), describe, certified=found.certificate.holds)
 
 
 class SparseMLP(pl.LightningModule):
@@ -155,9 +171,10 @@ def evolved(settings: Settings, train: Split, n_classes: int, seed: int, *, neur
     n, p = train.x.shape
     hidden = ["net.1.weight", "net.3.weight"]
     module = SparseMLP(p, n_classes, settings)
-    pruning: list[Any] = [SETRewiring(hidden, zeta=0.3, growth=Growth("random"), every=settings["steps"] // REWIRINGS)]
+    every = settings["steps"] // REWIRINGS
+    pruning: list[Any] = [SETRewiring(hidden, zeta=0.3, growth=Growth("random"), every=every)]
     if neurons:
-        schedule, remain = Geometric(0.1, 0.5), dict.fromkeys(hidden, 0.2)
+        schedule, remain = Geometric(0.1, 0.5, every), dict.fromkeys(hidden, 0.2)
         pruning.append(NeuronPruning(remain, schedule=schedule, score="out_degree", compensate=None))
     trainer = quiet_trainer(
         max_steps=settings["steps"],
@@ -189,12 +206,21 @@ SPARSE: dict[str, list[Any]] = {
 OURS: dict[str, Method] = {
     "CPNA, features": Method({**CPNA, "features": [4, 5, 10, 20, 50, 100]}, cpna),
     "CPNA, connections": Method(CPNA, cpna),
-    "restarts": Method({**NETWORK, "most": [5, 10, 20, 50], "fraction": [0.5, 1.0], "tries": [32, 128]}, restarts),
+    "restarts": Method(
+        {**NETWORK, "steps": [12000], "most": [5, 10, 20, 50], "fraction": [0.5, 1.0], "tries": [32, 128]}, restarts
+    ),
     "SET": Method(SPARSE, evolved),
     "NPSET": Method(SPARSE, partial(evolved, neurons=True)),
 }
 DENSE: dict[str, Method] = {
     "dense network": Method(
-        {**NETWORK, "hidden": [64, 256, 1024], "weight_decay": [1e-2, 1e-3, 1e-4], "steps": [1000, 4000, 12000]}, dense
+        {
+            **NETWORK,
+            "hidden": [64, 256, 1024],
+            "weight_decay": [1e-2, 1e-3, 1e-4],
+            "steps": [1000, 4000, 12000],
+            "dropout": [0.0, 0.3],
+        },
+        dense,
     )
 }
