@@ -69,24 +69,27 @@ def drawn(problem: str, method: str, trial: int, n_trials: int) -> Settings:
     return settings
 
 
+def timed_fit(method: str, settings: str, train: Split, n_classes: int, seed: int) -> tuple[Fitted, float]:
+    """Fit a method; return it and the seconds that it took."""
+    started = time.perf_counter()
+    fitted = METHODS[method].fit(json.loads(settings), train, n_classes, seed)
+    return fitted, round(time.perf_counter() - started, 3)
+
+
 def search(*, problem: str, method: str, trial: int, settings: str, fold: int, folder: Path | None) -> Row:
     """Fit a method with the settings of a trial to what they may be chosen on, and measure it on a quarter of that."""
     data = load(problem, SEARCHED, folder)
     train, held = held_out(data.train, fold)
     with threadpool_limits(limits=1):
-        started = time.perf_counter()
-        fitted = METHODS[method].fit(json.loads(settings), train, data.n_classes, fold)
-        seconds = time.perf_counter() - started
-        return {"validation": round(measure(fitted, held), 4), "seconds": round(seconds, 3)}
+        fitted, seconds = timed_fit(method, settings, train, data.n_classes, fold)
+        return {"validation": round(measure(fitted, held), 4), "seconds": seconds}
 
 
 def repeat(*, problem: str, method: str, seed: int, settings: str, folder: Path | None) -> Row:
     """Fit a method with the chosen settings on another split, and test it."""
     data = load(problem, seed, folder)
     with threadpool_limits(limits=1):
-        started = time.perf_counter()
-        fitted = METHODS[method].fit(json.loads(settings), data.train, data.n_classes, OF_FITS + seed)
-        fit_seconds = time.perf_counter() - started
+        fitted, fit_seconds = timed_fit(method, settings, data.train, data.n_classes, OF_FITS + seed)
         test = measure(fitted, data.test)
         started = time.perf_counter()
         fitted.scores(data.test.x)
@@ -96,7 +99,7 @@ def repeat(*, problem: str, method: str, seed: int, settings: str, folder: Path 
         "n_test": len(data.test.y),
         "features": len(fitted.features),
         "parameters": fitted.parameters,
-        "fit_seconds": round(fit_seconds, 3),
+        "fit_seconds": fit_seconds,
         "predict_seconds": round(predict_seconds, 5),
     }
     if fitted.certified is not None:
@@ -201,9 +204,10 @@ def _costs(rows: list[Row]) -> str:
         for problem in problems
         for method in METHODS
     }
+    ahead = [_ahead(found, problem) for problem in problems]
     for method in METHODS:
         own = {problem: ranks[problem, method] for problem in problems}
-        n_bold = sum(method in _ahead(found, problem) for problem in problems)
+        n_bold = sum(method in some for some in ahead)
         of_xor = [rank for problem, rank in own.items() if problem in XOR]
         of_others = [rank for problem, rank in own.items() if problem not in XOR]
         mean_ranks = " / ".join(f"{fmean(some):.1f}" if some else "none" for some in (of_xor, of_others))

@@ -16,14 +16,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.svm import l1_min_c
-from torch import Tensor
+from torch import Tensor, nn
 from xgboost import XGBClassifier
 
 from examples.data import Split
 
 Settings = dict[str, Any]
-PATH = 1.1  # chosen: with the default, 1.02, a fit to 10,000 features takes half an hour
 FREE = 100.0  # chosen: so large that the intercept of a logistic regression is hardly penalised
+PATH = 1.1  # chosen: with the default, 1.02, a fit to 10,000 features takes half an hour
 PATH_START = 0.1  # all features are in use there; the default searches for it, up to 10,000 times
 
 
@@ -91,7 +91,22 @@ class Method(NamedTuple):
     fit: Callable[[Settings, Split, int, int], Fitted]
 
 
-def _scores(model: Any) -> Callable[[Tensor], Tensor]:
+def logits(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return what computes a network's logits, without gradients, in float64."""
+
+    def scores(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.as_tensor(module(x)).double()
+
+    return scores
+
+
+def n_nonzero(module: nn.Module) -> int:
+    """Count the weights that are not zero."""
+    return sum(int((parameter != 0).sum()) for parameter in module.parameters())
+
+
+def _probabilities(model: Any) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.from_numpy(np.asarray(model.predict_proba(x.numpy()), dtype=np.float64))
 
 
@@ -118,7 +133,7 @@ def logistic(settings: Settings, train: Split, n_classes: int, seed: int) -> Fit
         weights = np.concatenate([part.coef_ for part in parts])
         return Description(np.abs(weights).max(axis=0), int((weights != 0).sum()) + len(parts))
 
-    return Fitted(_scores(model), describe)
+    return Fitted(_probabilities(model), describe)
 
 
 def forest(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
@@ -129,7 +144,7 @@ def forest(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitte
     def describe() -> Description:
         return Description(model.feature_importances_, sum(tree.tree_.node_count for tree in model.estimators_))
 
-    return Fitted(_scores(model), describe)
+    return Fitted(_probabilities(model), describe)
 
 
 def histograms(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
@@ -143,7 +158,7 @@ def histograms(settings: Settings, train: Split, n_classes: int, seed: int) -> F
         gains = np.bincount(inner["feature_idx"], weights=inner["gain"], minlength=train.x.shape[1]).astype(np.float64)
         return Description(gains, len(nodes))
 
-    return Fitted(_scores(model), describe)
+    return Fitted(_probabilities(model), describe)
 
 
 def xgboost(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
@@ -154,7 +169,7 @@ def xgboost(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitt
     def describe() -> Description:
         return Description(model.feature_importances_, len(model.get_booster().trees_to_dataframe()))
 
-    return Fitted(_scores(model), describe)
+    return Fitted(_probabilities(model), describe)
 
 
 def lassonet(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
@@ -170,15 +185,11 @@ def lassonet(settings: Settings, train: Split, n_classes: int, seed: int) -> Fit
     best = min(path, key=lambda step: (step.val_loss, int(step.selected.sum())))
     model.load(best.state_dict)
 
-    def scores(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return torch.as_tensor(model.model(x)).double()
-
     def describe() -> Description:
         weights: Tensor = model.model.skip.weight.detach().norm(dim=0)  # the path takes features away by these
-        return Description(weights.numpy(), sum(int((p != 0).sum()) for p in model.model.parameters()))
+        return Description(weights.numpy(), n_nonzero(model.model))
 
-    return Fitted(scores, describe)
+    return Fitted(logits(model.model), describe)
 
 
 OTHERS: dict[str, Method] = {

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from examples.compare.methods import Description, Fitted, Method, Settings
+from examples.compare.methods import Description, Fitted, Method, Settings, logits, n_nonzero
 from examples.data import Batches, Split, loader
 from examples.features.networks import Classifier
 from examples.quiet import quiet_trainer
@@ -23,6 +23,7 @@ from lightning_cpna.targets import axes_of
 
 LATE_DECAY = 1e-4  # chosen on XOR: what is left late must fit more than it must shrink
 REWIRINGS = 100  # chosen: of a run
+STEPS = [1000, 4000, 12000]  # on real sets half as many
 
 
 def _epochs(steps: float, n: int, batch_size: int) -> int:
@@ -33,16 +34,12 @@ def _fitted(module: nn.Module) -> Fitted:
     """Describe a trained network, whose dead connections are zeros, or not there."""
     module.eval()
 
-    def scores(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return torch.as_tensor(module(x)).double()
-
     def describe() -> Description:
         first = next(part for part in module.modules() if isinstance(part, nn.Linear | SparseLinear))
         squares = axes_of(first, "weight").sum_of_inputs(first.weight.detach().square())[0]
-        return Description(squares.sqrt().numpy(), sum(int((p != 0).sum()) for p in module.parameters()))
+        return Description(squares.sqrt().numpy(), n_nonzero(module))
 
-    return Fitted(scores, describe)
+    return Fitted(logits(module), describe)
 
 
 def _train(module: pl.LightningModule, train: Split, recipe: Recipe, seed: int, pruning: list[Any]) -> None:
@@ -60,7 +57,9 @@ def _train(module: pl.LightningModule, train: Split, recipe: Recipe, seed: int, 
 class Dropping(Classifier):
     """A classifier that drops inputs while it trains."""
 
-    dropout: float
+    def __init__(self, n_features: int, n_classes: int, hidden: int, dropout: float) -> None:
+        super().__init__(n_features, n_classes, hidden)
+        self.dropout = dropout
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the cross-entropy."""
@@ -72,8 +71,7 @@ def dense(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted
     """Train a dense network."""
     pl.seed_everything(seed, verbose=False)
     n, p = train.x.shape
-    module = Dropping(p, n_classes, settings["hidden"])
-    module.dropout = settings["dropout"]
+    module = Dropping(p, n_classes, settings["hidden"], settings["dropout"])
     size, lr, decay = settings["batch_size"], settings["lr"], settings["weight_decay"]
     recipe: Recipe = [
         (Phase(_epochs(settings["steps"] * 2 / 3, n, size), size, lr, decay), None),
@@ -189,7 +187,7 @@ def evolved(settings: Settings, train: Split, n_classes: int, seed: int, *, neur
 NETWORK: dict[str, list[Any]] = {"batch_size": [64, 256], "lr": [1e-2, 3e-3, 1e-3]}
 CPNA: dict[str, list[Any]] = {
     **NETWORK,
-    "steps": [1000, 4000, 12000],
+    "steps": STEPS,
     "hidden": [256, 1024],
     "weight_decay": [1e-3, 3e-4],
     "units": [16, 32, 64],
@@ -197,7 +195,7 @@ CPNA: dict[str, list[Any]] = {
 }
 SPARSE: dict[str, list[Any]] = {
     **NETWORK,
-    "steps": [1000, 4000, 12000],
+    "steps": STEPS,
     "width": [500, 1000],
     "epsilon": [5.0, 10.0, 20.0],
     "dropout": [0.0, 0.3],
@@ -218,7 +216,7 @@ DENSE: dict[str, Method] = {
             **NETWORK,
             "hidden": [64, 256, 1024],
             "weight_decay": [1e-2, 1e-3, 1e-4],
-            "steps": [1000, 4000, 12000],
+            "steps": STEPS,
             "dropout": [0.0, 0.3],
         },
         dense,
