@@ -11,7 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+WIDE = (torch.float32, torch.float64)
 RARE = 0.05  # measured: where more are True, and more are False, a processor guesses a branch a cell too badly
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor of floats in float32 or better.
+
+    Examples:
+        >>> wide(torch.ones(1, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
+    return tensor if tensor.dtype in WIDE else tensor.float()
 
 
 def count_true(where: Tensor) -> int:

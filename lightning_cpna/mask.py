@@ -93,6 +93,7 @@ class Mask:
         self.version = 0
         self._bits: Tensor | None = None  # no bit set where the connection is not live, every bit elsewhere
         self._live_cells: Tensor | None = None
+        self._live_groups: dict[str, Tensor] = {}
 
     @property
     def live(self) -> Tensor:
@@ -108,8 +109,13 @@ class Mask:
     def live_cells(self) -> Tensor:
         """Where the live connections are in the flattened parameter, in order, int64 ``(n_live,)``."""
         if self._live_cells is None or self._live_cells.device != self.dead.device:
-            self._live_cells = cells_of(~self.dead)
+            self._live_cells, self._live_groups = cells_of(~self.dead), {}
         return self._live_cells
+
+    @property
+    def live_groups(self) -> dict[str, Tensor]:
+        """What somebody found out about each of the ``live_cells`` and put here (its unit, its input), ``(n_live,)``."""
+        return self._live_groups
 
     def remove_(self, where: Tensor) -> int:
         """Remove connections (bool, of the parameter's shape) for good; return how many live ones that took.
@@ -144,9 +150,10 @@ class Mask:
             raise ValueError(
                 f"keep has shape {tuple(keep.shape)}; allowed is {tuple(cells.shape)}, one for each live cell"
             )
-        gone, stays = pick(cells, ~keep), pick(cells, keep)
+        gone, stays = pick(cells, ~keep), cells_of(keep)
+        groups = {kind: group.index_select(0, stays) for kind, group in self._live_groups.items()}
         self._remove(gone, n=len(gone))
-        self._live_cells = stays
+        self._live_cells, self._live_groups = cells.index_select(0, stays), groups
         return gone
 
     def _remove(self, cells: Tensor, n: int) -> int:

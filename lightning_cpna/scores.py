@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_cpna.cells import wide
 from lightning_cpna.graph import Graph
 from lightning_cpna.mask import Kept
 from lightning_cpna.targets import Target
@@ -106,6 +106,7 @@ class ScoreInputs:
         cells: Which connections a score is asked for, as cells of the flattened parameter, whose axes must be
             ``(unit, input, *kernel)``; None is all. A function is always asked for all, of a ``SparseLinear`` for all that
             it stores.
+        groups: The "unit" and the "input" of each of the cells, int64 ``(cell,)``, if somebody has asked for them already.
     """
 
     target: Target
@@ -114,6 +115,7 @@ class ScoreInputs:
     generator: torch.Generator
     kept: Kept | None = None
     cells: Tensor | None = None
+    groups: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def weight(self) -> Tensor:
@@ -122,7 +124,7 @@ class ScoreInputs:
 
     def _read(self, tensor: Tensor) -> Tensor:
         read = self.target.axes.view(tensor) if self.cells is None else tensor.flatten().index_select(0, self.cells)
-        return read.to(torch.promote_types(read.dtype, torch.float32))
+        return wide(read)
 
     @property
     def gradient(self) -> Tensor:
@@ -161,26 +163,28 @@ class ScoreInputs:
         """Lay values of the units, ``(member, unit)``, along the connections, so that they broadcast to ``weight``."""
         if self.cells is None:
             return self.target.axes.along_units(values, self.target.parameter)
-        return values[0].index_select(0, self.target.axes.units_of(self.cells, self.target.parameter))
+        return values[0].index_select(0, self._group("unit"))
 
     def along_inputs(self, values: Tensor) -> Tensor:
         """Lay values of the inputs, ``(member, input)``, along the connections, so that they broadcast to ``weight``."""
         if self.cells is None:
             return self.target.axes.along_inputs(values, self.target.parameter)
-        return values[0].index_select(0, self._inputs)
+        return values[0].index_select(0, self._group("input"))
 
     def sum_of_inputs(self, values: Tensor) -> Tensor:
         """Sum values of the connections, in the shape of ``weight``, over those of each input: ``(member, input)``."""
         if self.cells is None:
             return values.sum([1, *range(3, values.ndim)])
         sums = values.new_zeros(1, self.target.axes.n_inputs(self.target.parameter))
-        return sums.index_add_(1, self._inputs, values[None])
+        return sums.index_add_(1, self._group("input"), values[None])
 
-    @cached_property
-    def _inputs(self) -> Tensor:
-        """The input of each of the ``cells``, int64 ``(cell,)``."""
-        assert self.cells is not None
-        return self.target.axes.inputs_of(self.cells, self.target.parameter)
+    def _group(self, kind: Literal["unit", "input"]) -> Tensor:
+        """Return the unit or the input of each of the ``cells``, int64 ``(cell,)``."""
+        if kind not in self.groups:
+            assert self.cells is not None
+            find = self.target.axes.units_of if kind == "unit" else self.target.axes.inputs_of
+            self.groups[kind] = find(self.cells, self.target.parameter)
+        return self.groups[kind]
 
     def traced(self, kind: str) -> Graph:
         """Return the graph, which knows what a kind of score must know."""

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_cpna.cells import wide
+
 MANY, SAMPLE, MARGIN = 2**15, 2**11, 70  # chosen: three standard deviations of a place in the sample are 68
 
 
@@ -78,9 +80,9 @@ def _at_least_the_nth(rows: Tensor, n: int) -> tuple[Tensor, Tensor, int, float]
     if not rows.is_cpu:
         keep = rows >= nth
         return keep, nth, int(keep.sum()), float(torch.where(rows.isnan().any(), torch.nan, nth.min()))
-    scores = rows.numpy()  # NumPy's selection and comparison take a tenth of torch's time
-    marks = scores >= nth.numpy()
-    lowest = math.nan if math.isnan(scores.max()) else float(nth.min())
+    scores, lowest_of = rows.numpy(), nth.numpy()  # NumPy's selection and comparison take a tenth of torch's time
+    marks = scores >= lowest_of
+    lowest = math.nan if math.isnan(scores.max()) else float(lowest_of.min())
     return torch.from_numpy(marks), nth, int(np.count_nonzero(marks)), lowest
 
 
@@ -92,12 +94,12 @@ def nth_of(rows: Tensor, place: int) -> Tensor:
         tensor([[0.3000],
                 [0.4000]])
     """
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    rows = wide(rows)
     if not rows.is_cpu:
         return torch.kthvalue(rows, place + 1, dim=1, keepdim=True).values
     values = rows.numpy()
     if rows.shape[1] < MANY:
-        return torch.from_numpy(np.partition(values, place, axis=1)[:, [place]])
+        return torch.from_numpy(np.partition(values, place, axis=1)[:, place : place + 1])
     return torch.from_numpy(np.array([[_nth_of_many(row, place)] for row in values]))
 
 

@@ -320,7 +320,9 @@ class Sparsity:
         if n > (remaining := self.n_remaining(budget)):
             raise ValueError(f"n is {n}; allowed is what remains of {budget.label!r}, {remaining}, or less")
         decision, lowest = self._keep_every_layer(budget, scores, n)
-        keeps = torch.split(agree(decision), [candidates.shape[1] for candidates in scores], dim=1)
+        decision = agree(decision)
+        sizes = [candidates.shape[1] for candidates in scores]
+        keeps = torch.split(decision, sizes, dim=1) if len(sizes) > 1 else [decision]
         for name, keep in zip(budget.names, keeps, strict=True):
             if self._is_listed(name, budget.granularity):
                 self._zero_(name, self.masks[name].keep_(keep[0]), optimizers)
@@ -341,7 +343,9 @@ class Sparsity:
         self.add_mask(name)
         mask, is_listed = self.masks[name], self._is_listed(name, granularity)
         if is_listed and isinstance(score, Score):
-            return score(ScoreInputs(target, self.tensors, self.graph, generator, cells=mask.live_cells))[None]
+            live = mask.live_cells
+            groups = {} if isinstance(mask, ListMask) else mask.live_groups  # a list changes without its mask
+            return score(ScoreInputs(target, self.tensors, self.graph, generator, cells=live, groups=groups))[None]
         cells = torch.arange(len(mask.dead), device=mask.dead.device) if isinstance(mask, ListMask) else None
         scores = score(ScoreInputs(target, self.tensors, self.graph, generator, self.kept.get(name), cells))
         dead = axes.view(mask.dead)  # (member, unit, input, *kernel)

@@ -23,6 +23,9 @@ from lightning_cpna import (
     Score,
     ScoreInputs,
     Sparsity,
+    keep_top,
+    plant_,
+    rewire_,
     sparsity_of,
     trace,
 )
@@ -148,6 +151,30 @@ def test_pruning_tied_weights_equals_sorting_by_score_and_index(
     lowest = sparsity.prune_(budget, n, Score("magnitude"))
     assert torch.equal(sparsity.masks["0.weight"].live, kept.view(shape).expand(n_units, n_features))
     assert lowest == pytest.approx(min(scores[i] for i in best) ** 0.5)
+
+
+@pytest.mark.parametrize("stored", ["dense", "list"])
+def test_what_is_known_of_live_connections_follows_them_as_asking_anew_shows(stored: str) -> None:
+    torch.manual_seed(0)
+    net = mlp(6, 8, 2)
+    if stored == "list":
+        net[0] = SparseLinear(6, 8, epsilon=3)
+    sparsity, score = traced(net, X), Score("path", exponent=3.0)
+    if stored == "dense":
+        plant_(sparsity, "0.weight", 30)
+    [budget] = sparsity.add_budgets(net, {"0.weight": 2})
+    for n in (24, 20, 16, 12):
+        for _ in range(2):  # after an exchange, and after a removal
+            target, mask = sparsity.targets["0.weight"], sparsity.masks["0.weight"]
+            cells = mask.live_cells
+            scores = score(ScoreInputs(target, sparsity.tensors, sparsity.graph, torch.Generator(), cells=cells))
+            weights = target.parameter.detach().flatten()[cells][keep_top(scores, n)]
+            sparsity.prune_(budget, n, score)
+            left = sparsity.tensors["0.weight"].detach().flatten()
+            assert torch.equal(left[sparsity.masks["0.weight"].live_cells], weights)
+            n -= 1
+        sparsity.prune_(budget, sparsity.n_remaining(budget), score)  # which looks, and takes nothing
+        rewire_(sparsity, "0.weight", zeta=0.5, std=1.0)
 
 
 def test_a_shared_budget_keeps_the_best_of_all_layers_together_by_hand() -> None:
