@@ -260,10 +260,10 @@ class SparseLinear(nn.Module):
             raise ValueError("cells are not ascending; allowed is each connection once, in order")
 
     def _set_cells(self, cells: Tensor) -> None:
-        firsts = torch.arange(self.out_features + 1, device=cells.device) * self.in_features
-        crow_indices = torch.searchsorted(cells, firsts, out_int32=True)
-        col_indices = cells.sub(divided(cells, self.in_features), alpha=self.in_features).int()
-        del cells  # at a million neurons every list counts, where the caller keeps none
+        units = divided(cells, self.in_features)
+        crow_indices = starts(torch.bincount(units, minlength=self.out_features))
+        col_indices = cells.sub(units, alpha=self.in_features).int()
+        del cells, units  # at a million neurons every list counts, where the caller keeps none
         self._set_indices(crow_indices, col_indices)
 
     def _renew_values(self, n: int) -> None:
