@@ -1,6 +1,6 @@
 """Bool tensors and the cells where they are True: counting, listing, filling and packing them.
 
-On the CPU counting, listing, sorting, merging and dividing go through NumPy, one and a half to fifteen times faster than torch.
+On the CPU counting, listing, sorting, merging and dividing go through NumPy, 1.5 to 15 times faster than torch.
 """
 
 from __future__ import annotations
