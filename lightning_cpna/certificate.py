@@ -76,10 +76,11 @@ def certify(losses: Tensor, labels: Tensor, level: float, generator: torch.Gener
     If labels do not depend on the features, the held-out ones are in random order, whatever the tries learned from the
     others, however many tries there are, and however the best is chosen: the p-value is exact, and needs no assumption about
     how losses are distributed (Phipson and Smyth: Permutation p-values should never be zero, 2010, Eq. 2). Examples must be
-    independent of each other: where some are repeated, or belong together (as those of one patient), it is too low.
+    independent of each other: where some are repeated, or belong together (as those of one patient), it is too low. So it is
+    where their labels helped to choose or to encode the features.
 
     Args:
-        losses: The loss of every try on every held-out example, if its label were each of those that there are, float64
+        losses: The loss of every try on every held-out example, if its label were each of those that there are, floats
             ``(try, example, label)``. Tries that have ``failed`` are left out.
         labels: Which label each example has, int64 ``(example,)``.
         level: What the p-value must not exceed, in (0, 1).
@@ -110,26 +111,31 @@ def certify(losses: Tensor, labels: Tensor, level: float, generator: torch.Gener
             f"labels has shape {tuple(labels.shape)}, type {labels.dtype} and values {found[:10]}; allowed are int64 from 0 "
             f"to {n_labels - 1}, ({n_examples},), as losses has so many"
         )
-    losses = losses[~failed(losses)]
+    losses = losses[~failed(losses)].double()
     if not losses.gather(2, labels[None, :, None].expand(len(losses), -1, 1)).mean(dim=1).isfinite().any():
         raise ValueError("network: no try ended with a finite loss on the held-out examples")
     flat = losses.nan_to_num().flatten(1)  # (try, example * label); infinity is the largest number, which times 0 is 0
 
-    def lowest(chosen: Tensor) -> Tensor:
-        """Return the lowest loss of any try, ``(permutation,)``, for labels ``(permutation, example)``."""
+    largest = torch.finfo(flat.dtype).max
+
+    def lowest(chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the lowest loss of any try, and whose it is, ``(permutation,)``, for labels ``(permutation, example)``."""
         marks = torch.nn.functional.one_hot(chosen, n_labels).flatten(1).to(flat)
         total = flat @ marks.T
-        return total.masked_fill_(total >= torch.finfo(total.dtype).max, torch.inf).amin(dim=0) / len(labels)
+        values, tries = total.masked_fill_(total >= largest, torch.inf).min(dim=0)
+        return values / len(labels), tries
 
-    loss = lowest(labels[None])[0]
+    (loss,), (winner,) = lowest(labels[None])
+    of_winner = flat[winner].abs()
+    rounding = 1e-12 * of_winner[of_winner < largest].max()  # sums that are equal differ by less
     n, at_once = math.ceil(1 / level), min(BATCH, max(1, MAX_MARKS // flat.shape[1]))
     drawn: list[Tensor] = []
     n_drawn = as_low = 0
     while n_drawn < n and not as_low:
         orders = torch.rand(min(at_once, n - n_drawn), len(labels), generator=generator).argsort(dim=1)
-        drawn.append(lowest(labels[orders]))
+        drawn.append(lowest(labels[orders])[0])
         n_drawn += len(orders)
-        as_low += int((drawn[-1] <= loss + 1e-12 * abs(loss)).sum())
+        as_low += int((drawn[-1] <= loss + rounding).sum())
     chance = torch.cat(drawn)
     spread = chance.std(correction=min(1, len(chance) - 1)) if chance.mean().isfinite() else chance.mean()
     return Certificate(float(loss), float(chance.mean()), float(spread), (1 + as_low) / (1 + n_drawn), level)

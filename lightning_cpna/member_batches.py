@@ -51,14 +51,14 @@ def member_loader(
         raise ValueError(f"seeds has {min(seeds)}; allowed is 0 or more")
     order: Any = _Orders(size[1], batch_size, seeds, drop_last)
     return DataLoader(
-        _Members(tensors),
+        _Batches(tensors),
         sampler=order,
         batch_size=None,
         generator=torch.Generator(),  # lest every epoch draw from the global one
     )
 
 
-class _Members(Dataset[Any]):
+class _Batches(Dataset[Any]):
     """An item is a whole batch: the index is the rows of every member, ``(member, batch)``."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:

@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,11 +18,13 @@ from lightning_cpna.graph import Graph
 from lightning_cpna.mask import Kept, ListMask, Mask
 from lightning_cpna.masks import Masks
 from lightning_cpna.moments import zero_
-from lightning_cpna.replay import Calls
 from lightning_cpna.report import BudgetReport, SparsityReport, may_feed, sparsity_report
 from lightning_cpna.scores import Granularity, Score, ScoreFunction, ScoreInputs
 from lightning_cpna.selection import keep_top_rows
 from lightning_cpna.targets import Axes, ListedAxes, Target, all_targets, n_keep, resolve
+
+if TYPE_CHECKING:  # a stack, which is replayed otherwise, has masks
+    from lightning_cpna.replay import Calls
 
 Scope = Literal["layer", "shared"]
 

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.parameter import UninitializedParameter
+from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_cpna.mask import Mask
 from lightning_cpna.moments import is_elementwise
+from lightning_cpna.sparsity import sparsity_of
 from lightning_cpna.targets import Axes, ListedAxes, all_targets, axes_of
 from lightning_cpna.words import fingerprint
 
@@ -38,9 +41,10 @@ def stack(members: Sequence[M], seeds: Sequence[int] | None = None) -> M:
 
     All members run at once (``torch.vmap``): their ``forward`` and ``training_step`` must be made of tensor operations.
     Dropout draws from a generator of each member; a random score draws for all members from one. What
-    ``configure_optimizers`` decides by the shapes of parameters, it decides by those of the stack. Random operations
+    ``configure_optimizers`` decides by the shapes of parameters, and what hooks do, it decides and they do with those of the
+    stack; groups of parameters that are other than a member's are refused. So are recurrent layers, random operations
     besides dropout, metrics that keep a state, gradient clipping by norm, optimizers that mix the entries of a tensor,
-    float16 with a gradient scaler, several processes, and manual optimisation are refused.
+    float16 with a gradient scaler, several processes, and manual optimisation.
 
     Args:
         members: Modules of one class, alike but for the values of their parameters and buffers. They are left as they are.
@@ -61,8 +65,8 @@ def stack(members: Sequence[M], seeds: Sequence[int] | None = None) -> M:
         >>> torch.allclose(stacked(x)[2], nets[2](x[2]), atol=1e-6)
         True
     """
-    if isinstance(members, nn.Module) or not all(isinstance(one, nn.Module) for one in members):
-        raise TypeError("members is a module, or has what is none; allowed is a list of modules")
+    if not isinstance(members, Sequence):
+        raise TypeError(f"members is a {type(members).__name__}; allowed is a list of modules")
     if not members:
         raise ValueError("members is empty; allowed is at least one module")
     seeds = range(len(members)) if seeds is None else seeds
@@ -74,6 +78,7 @@ def stack(members: Sequence[M], seeds: Sequence[int] | None = None) -> M:
     stacked.__class__ = _stacked_class(type(members[0]))  # type: ignore[arg-type]
     stacked._stack = _Members(len(members), [torch.Generator().manual_seed(seed) for seed in seeds])
     _change_tensors_(stacked, lambda name: torch.stack([_tensor(one, name).detach() for one in members]), _with_members)
+    _change_example_(stacked, lambda x: x.expand(len(members), *x.shape))
     return stacked  # type: ignore[no-any-return]
 
 
@@ -85,7 +90,7 @@ def member(stacked: M, place: int) -> M:
         place: Which, from 0.
 
     Returns:
-        A copy of the member, in its own class. Where it is pruned, ``infer_masks`` finds its masks.
+        A copy of the member, in its own class, with its masks.
 
     Raises:
         IndexError: If there is no such member.
@@ -104,6 +109,11 @@ def member(stacked: M, place: int) -> M:
     one.__class__ = type(stacked).member_class
     del one._stack
     _change_tensors_(one, lambda name: _tensor(stacked, name).detach()[place].clone(), _without_members)
+    _change_example_(one, lambda x: x[0])
+    masks = sparsity_of(stacked).masks.items()
+    sparsity_of(one).masks.replace(
+        {name: Mask(mask.dead[place].clone(), mask.removed[place].clone()) for name, mask in masks}
+    )
     return one  # type: ignore[no-any-return]
 
 
@@ -164,11 +174,12 @@ class Stacked(nn.Module):
             try:
                 found, values = run(tensors, (args, kwargs))
             except (RuntimeError, ValueError) as error:
-                if "vmap" not in str(error):
+                if not any(words in str(error) for words in ("vmap", "Batching rule")):
                     raise
                 raise RuntimeError(
                     f"the members of a stack cannot run {member_method} together; allowed in it are operations on tensors "
-                    f"that are not random (but dropout), and no metrics or numbers taken from tensors: {error}"
+                    f"that are not random (but dropout), no recurrent layers, and no metrics or numbers taken from tensors: "
+                    f"{error}"
                 ) from error
         if self.training:
             sizes = [x.shape[1] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim > 1]
@@ -230,6 +241,13 @@ class Stacked(nn.Module):
         if why is not None:
             raise ValueError(
                 f"a stack of members is trained with {why}; allowed is what acts on each member for itself"
+            )
+        alone: Any = member(self, 0)
+        alone.trainer = trainer
+        if _groups(self, trainer.optimizers) != _groups(alone, _optimizers(alone.configure_optimizers())):
+            raise ValueError(
+                "configure_optimizers makes other groups of a stack's parameters than of a member's, as those of a stack "
+                "have an axis more; allowed is to group them by their names"
             )
         super().on_train_start()  # type: ignore[misc]
 
@@ -326,7 +344,8 @@ class _MemberDropout(TorchFunctionMode):
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0:
             return input
-        return input * (_Noise.apply(input, p, self.generators) if p < 1 else 0)  # type: ignore[no-untyped-call]
+        noise = _Noise.apply(input, p, self.generators) if p < 1 else 0  # type: ignore[no-untyped-call]
+        return input.mul_(noise) if inplace else input * noise
 
 
 class _Noise(torch.autograd.Function):
@@ -377,6 +396,29 @@ def _change_tensors_(module: nn.Module, change: Callable[[str], Tensor], axes: C
             table |= {name: new[id(old)] for name, old in table.items() if old is not None}
 
 
+def _change_example_(module: Any, change: Callable[[Tensor], Tensor]) -> None:
+    """Give a LightningModule another ``example_input_array``, if it has one."""
+    example = getattr(module, "example_input_array", None)
+    if example is not None:
+        module.example_input_array = tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, example)
+
+
+def _optimizers(configured: Any) -> list[Optimizer]:
+    """List the optimizers in what ``configure_optimizers`` returned."""
+    if isinstance(configured, Optimizer):
+        return [configured]
+    if isinstance(configured, Mapping):
+        return _optimizers(configured.get("optimizer"))
+    parts = configured if isinstance(configured, list | tuple) else ()
+    return [optimizer for part in parts for optimizer in _optimizers(part)]
+
+
+def _groups(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[list[set[str]]]:
+    """Return the names of the parameters in each group of each optimizer."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [[{names[id(x)] for x in group["params"]} for group in optimizer.param_groups] for optimizer in optimizers]
+
+
 def _with_members(axes: Axes) -> Axes:
     return dataclasses.replace(axes, member=0, unit=axes.unit + 1, input=None if axes.input is None else axes.input + 1)
 
@@ -389,10 +431,16 @@ def _without_members(axes: Axes) -> Axes:
 
 def _check(one: nn.Module, first: nn.Module, place: int) -> None:
     """Raise if a member cannot be stacked with the first."""
+    if not isinstance(one, nn.Module):
+        raise TypeError(f"members[{place}] is a {type(one).__name__}; allowed are modules")
     if isinstance(one, Stacked):
         raise TypeError(f"members[{place}] is a stack itself; allowed are its members")
     if getattr(one, "automatic_optimization", True) is False:
         raise TypeError(f"members[{place}] optimises by itself; allowed are modules with automatic_optimization")
+    if recurrent := [name for name, part in one.named_modules() if isinstance(part, nn.RNNBase)]:
+        raise TypeError(
+            f"members[{place}]: {recurrent[0] or 'it'} is recurrent, which torch.vmap cannot run; allowed are others"
+        )
     for name, target in all_targets(one).items():
         if isinstance(target.parameter, UninitializedParameter) or isinstance(target.axes, ListedAxes):
             what = "has no shape yet" if not isinstance(target.axes, ListedAxes) else "belongs to a SparseLinear"
@@ -408,19 +456,22 @@ def _check(one: nn.Module, first: nn.Module, place: int) -> None:
 
 
 def _modules(module: nn.Module) -> dict[str, str]:
-    """Describe the parts of a module by name: what they are, and their attributes."""
-    return {name: _described(part) for name, part in module.named_modules()}
+    """Describe by name the parts of a module: what they are, and their attributes."""
+    described = {}
+    for name, part in module.named_modules():
+        described[name] = (
+            f"{type(part).__name__}({part.extra_repr()}) in {'training' if part.training else 'eval'} mode"
+        )
+        base = next((kind for kind in type(part).__mro__ if kind.__name__ == "LightningModule"), nn.Module)
+        own = {key: value for key, value in vars(part).items() if key not in _of_every(base)}
+        described |= {f"{name}.{key}".lstrip("."): fingerprint(value) for key, value in own.items()}
+    return described
 
 
-def _described(part: nn.Module) -> str:
-    attributes = [*vars(part).items(), *dict(getattr(part, "hparams", {})).items()]
-    described = [
-        f"{key!r}: {fingerprint(value)}"
-        for key, value in attributes
-        if not key.startswith("_") and key not in ("training", "parameter_axes")
-    ]
-    mode = "training" if part.training else "eval"
-    return f"{type(part).__name__}({part.extra_repr()}) in {mode} mode with {{{', '.join(described)}}}"
+@functools.cache
+def _of_every(base: type[nn.Module]) -> set[str]:
+    """Name the attributes that every module has, which say nothing of what it computes."""
+    return {*vars(base()), "parameter_axes"}
 
 
 def describe(module: nn.Module) -> str:

@@ -30,10 +30,14 @@ def in_words(rule: object) -> str:
     return re.sub(r"np\.\w+\(([^()]*)\)", r"\1", words)
 
 
-def fingerprint(value: object) -> str:
+def fingerprint(value: object, above: tuple[int, ...] = ()) -> str:
     """Describe a value so that others are described otherwise: numbers, texts, tensors, containers, functions.
 
-    Of any other object it is its ``repr``.
+    Of any other object it is its ``repr``, with its attributes where its class writes none.
+
+    Args:
+        value: The value.
+        above: The ``id`` of what it is part of, from the outermost on.
 
     Examples:
         >>> fingerprint({"lr": 0.1, "widths": [3, 4]})
@@ -43,22 +47,27 @@ def fingerprint(value: object) -> str:
         >>> fingerprint(torch.zeros(2)) == fingerprint(torch.ones(2))
         False
     """
+    if id(value) in above:
+        return f"what is {above[::-1].index(id(value)) + 1} above"
+    within = partial(fingerprint, above=(*above, id(value)))
     if isinstance(value, Tensor):
         data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         return f"{value.dtype} {tuple(value.shape)} {_hash(data)}"
     if isinstance(value, np.ndarray) and value.dtype != object:
         return f"{value.dtype} {value.shape} {_hash(value.tobytes())}"
     if isinstance(value, partial):
-        words = f"partial({', '.join(map(fingerprint, (value.func, value.args, value.keywords)))})"
+        words = f"partial({', '.join(map(within, (value.func, value.args, value.keywords)))})"
     elif isinstance(value, Mapping):
-        words = f"{{{', '.join(f'{fingerprint(key)}: {fingerprint(its)}' for key, its in value.items())}}}"
+        words = f"{{{', '.join(f'{within(key)}: {within(its)}' for key, its in value.items())}}}"
     elif isinstance(value, list | tuple):
         opening, closing = "[]" if isinstance(value, list) else "()"
-        words = f"{opening}{', '.join(map(fingerprint, value))}{closing}"
+        words = f"{opening}{', '.join(map(within, value))}{closing}"
     elif isinstance(value, set | frozenset):
-        words = f"{{{', '.join(sorted(map(fingerprint, value)))}}}"
+        words = f"{{{', '.join(sorted(map(within, value)))}}}"
     elif isinstance(value, FunctionType):
         words = f"{value.__module__}.{value.__qualname__} {_hash(_code(value).encode())}"
+    elif type(value).__repr__ is object.__repr__ and hasattr(value, "__dict__"):
+        words = f"{_plain(repr(value))} with {within(vars(value))}"
     else:
         words = f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else _plain(repr(value))
     return words if len(words) <= LONG else f"{words[:LONG]}... {_hash(words.encode())}"

@@ -61,6 +61,26 @@ def test_tries_that_all_say_the_same_of_every_example_prove_nothing() -> None:
     assert found.margin == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("says", [(0.3, 0.7), (-0.1, 0.1), (1e6 + 0.1, 1e6 - 0.1)])
+def test_tries_that_do_not_tell_examples_apart_are_never_certified(
+    says: tuple[float, float], dtype: torch.dtype
+) -> None:
+    """All orders then have the same loss, but for the rounding of its sum."""
+    for seed in range(20):
+        labels = torch.tensor([0, 1] * 150)[torch.randperm(300, generator=generator(seed))]
+        found = certify(torch.tensor(says, dtype=dtype).expand(2, 300, 2), labels, 0.001, generator(seed))
+        assert found.p_value == 1
+
+
+def test_a_loss_that_sums_up_to_nothing_is_no_find() -> None:
+    for seed in range(20):
+        outputs = torch.randn(2, 150, generator=generator(seed), dtype=torch.float64)
+        losses = torch.cat([outputs, -outputs], dim=1)[:, :, None].expand(2, 300, 2)  # whatever the labels are
+        labels = torch.tensor([0, 1] * 150)[torch.randperm(300, generator=generator(seed))]
+        assert certify(losses, labels, 0.001, generator(seed)).p_value == 1
+
+
 def test_tries_without_a_finite_loss_are_left_out() -> None:
     labels = torch.tensor([0, 1] * 10)
     losses = torch.rand(3, 20, 2, dtype=torch.float64)

@@ -21,6 +21,7 @@ from lightning_cpna import (
     CPNAPruning,
     Geometric,
     NeuronPruning,
+    OneShot,
     SETRewiring,
     SparseLinear,
     Target,
@@ -88,9 +89,8 @@ def examples() -> tuple[Tensor, Tensor]:
 
 def fit(module: Any, loader: Any, callbacks: list[Any] = [], flavour: Any = pl, **options: Any) -> Any:  # noqa: B006
     settings = {"max_steps": STEPS, "max_epochs": -1, "logger": False, "enable_checkpointing": False, **options}
-    trainer = flavour.Trainer(
-        accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks, **settings
-    )
+    settings = {"enable_progress_bar": False, "enable_model_summary": False, **settings}
+    trainer = flavour.Trainer(accelerator="cpu", callbacks=callbacks, **settings)
     trainer.fit(module, loader)
     return trainer
 
@@ -210,6 +210,18 @@ def test_members_that_drop_everything_or_nothing() -> None:
     assert torch.equal(stack([nn.Dropout(0.0), nn.Dropout(0.0)])(x), x)
 
 
+def test_dropout_in_place_changes_its_input() -> None:
+    class InPlace(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = 1.0 * x
+            nn.functional.dropout(y, 0.5, inplace=True)
+            return y
+
+    x = torch.ones(2, 3, 400)
+    dropped = stack([InPlace(), InPlace()], seeds=[0, 1])(x)
+    assert torch.equal(dropped, stack([nn.Dropout(0.5), nn.Dropout(0.5)], seeds=[0, 1])(x))
+
+
 def test_a_random_operation_besides_dropout_is_refused_by_torch() -> None:
     with pytest.raises(RuntimeError, match=r"the members of a stack cannot run forward together; .*random"):
         stack([Noisy(), Noisy()])(torch.zeros(2, 3, 4))
@@ -289,9 +301,14 @@ class Manual(Classifier):
 class Holds(nn.Linear):
     """A layer with an attribute that is neither a parameter nor a buffer."""
 
-    def __init__(self, what: Any) -> None:
+    def __init__(self, what: Any, own: int = 0) -> None:
         super().__init__(2, 3)
-        self.what = what
+        self.what, self._own = what, own
+
+
+class Focal:
+    def __init__(self, gamma: float) -> None:
+        self.gamma = gamma
 
 
 WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
@@ -311,21 +328,29 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "another attribute": (
         lambda: stack(members(n=1) + members(optimizer="SGD", n=1)),
         ValueError,
-        "'optimizer': 'SGD'.*'optimizer': 'Adam'",
+        r"members\[1\]: optimizer is 'SGD'; allowed is what the first has: 'Adam'",
     ),
-    "another list": (lambda: stack([Holds([1, 2]), Holds([1, 3])]), ValueError, r"'what': \[1, 3\]"),
+    "another list": (lambda: stack([Holds([1, 2]), Holds([1, 3])]), ValueError, r"what is \[1, 3\]; .*\[1, 2\]"),
     "another function": (
         lambda: stack([Holds(torch.relu), Holds(torch.sin)]),
         ValueError,
-        "'what': <built-in method sin",
+        "what is <built-in method sin",
     ),
     "another tensor": (
         lambda: stack([Holds(torch.zeros(2)), Holds(torch.ones(2))]),
         ValueError,
-        r"'what': torch.float32 \(2,\)",
+        r"what is torch.float32 \(2,\)",
     ),
-    "a module": (lambda: stack(nn.ReLU()), TypeError, "members is a module, or has what is none"),  # type: ignore[arg-type]
-    "a class": (lambda: stack([nn.ReLU]), TypeError, "allowed is a list of modules"),  # type: ignore[type-var]
+    "another object": (
+        lambda: stack([Holds(Focal(1.0)), Holds(Focal(3.0))]),
+        ValueError,
+        "what is <tests.test_stacked.Focal object> with {'gamma': 3.0}",
+    ),
+    "another attribute of its own": (lambda: stack([Holds(1, 2), Holds(1, 3)]), ValueError, "_own is 3; .*: 2"),
+    "recurrent": (lambda: stack([nn.LSTM(2, 3)]), TypeError, r"members\[0\]: it is recurrent"),
+    "a module": (lambda: stack(nn.ReLU()), TypeError, "members is a ReLU; allowed is a list of modules"),  # type: ignore[arg-type]
+    "a generator": (lambda: stack(net for net in members()), TypeError, "members is a generator"),  # type: ignore[arg-type]
+    "a class": (lambda: stack([nn.ReLU]), TypeError, r"members\[0\] is a type; allowed are modules"),  # type: ignore[type-var]
     "a loader": (lambda: member_loader([[1]], batch_size=1, seeds=[0]), TypeError, "allowed is a list of tensors"),  # type: ignore[list-item]
     "frozen": (
         lambda: stack([nn.Linear(2, 3), nn.Linear(2, 3).requires_grad_(False)]),
@@ -394,6 +419,26 @@ class Averaging(Classifier):
         return super().training_step(batch, batch_idx)
 
 
+class Grouped(Classifier):
+    """Has no weight decay for biases, or what it takes for them."""
+
+    def configure_optimizers(self) -> Any:
+        decayed = [x for x in self.parameters() if self.is_weight(x)]
+        others = [x for x in self.parameters() if not self.is_weight(x)]
+        groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": 0.1}, {"params": others}]
+        optimizer = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.0)
+        steps = int(self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)}
+
+    def is_weight(self, x: Tensor) -> bool:
+        return x.ndim > 1
+
+
+class GroupedByName(Grouped):
+    def is_weight(self, x: Tensor) -> bool:
+        return any(x is one for name, one in self.named_parameters() if name.endswith("weight"))
+
+
 class LogsMetric(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.log("metric", MeanMetric())
@@ -406,6 +451,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], list[Any], type[Exception], str]] 
     "Adafactor": (Classifier, {}, [], ValueError, "Adafactor, which may mix the members"),
     "metrics": (LogsMetric, {}, [], TypeError, "logs 'metric', a MeanMetric; allowed are numbers and tensors"),
     "a plateau": (Plateau, {}, [], ValueError, "trained with ReduceLROnPlateau"),
+    "groups by shape": (Grouped, {}, [], ValueError, "makes other groups of a stack's parameters than of a member's"),
     "a buffer that is replaced": (
         Averaging,
         {},
@@ -444,6 +490,25 @@ def test_what_would_mix_members_is_refused(case: str) -> None:
     stacked = stack(members(kind, optimizer=case if hasattr(torch.optim, case) else "Adam"))
     with pytest.raises(error, match=message):
         fit(stacked, member_loader(examples(), batch_size=BATCH, seeds=range(MEMBERS)), callbacks, **options)
+
+
+def test_parameters_that_are_grouped_by_name_are_trained_as_those_of_a_member() -> None:
+    nets, (x, y) = members(GroupedByName), examples()
+    stacked = stack(nets)
+    fit(stacked, member_loader([x, y], batch_size=BATCH, seeds=range(MEMBERS)))
+    for i, net in enumerate(nets):
+        fit(net, alone(member_loader([x[i : i + 1], y[i : i + 1]], batch_size=BATCH, seeds=[i])))
+        for ours, theirs in zip(member(stacked, i).parameters(), net.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_a_module_that_has_an_example_is_summarised_as_a_member_is() -> None:
+    nets = members()
+    for net in nets:
+        net.example_input_array = torch.zeros(5, P, dtype=torch.float64)
+    stacked = stack(nets)
+    fit(stacked, member_loader(examples(), batch_size=BATCH, seeds=range(MEMBERS)), enable_model_summary=True)
+    assert torch.equal(member(stacked, 1).example_input_array, nets[1].example_input_array)
 
 
 def test_a_scaler_that_skips_steps_of_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -534,3 +599,17 @@ def test_members_of_lightning_modules_are_fitted_on_after_they_were_taken_out() 
     fit(stacked, member_loader(examples(), batch_size=BATCH, seeds=range(MEMBERS)), max_steps=2)
     x, y = examples()
     fit(member(stacked, 1), DataLoader(TensorDataset(x[1], y[1]), batch_size=BATCH), connections(None))
+
+
+def test_a_member_that_is_taken_out_keeps_its_masks() -> None:
+    stacked = stack(members())
+    fit(stacked, member_loader(examples(), batch_size=BATCH, seeds=range(MEMBERS)), connections(None))
+    (x, y), one = examples(), member(stacked, 1)
+    masks = sparsity_of(one).masks
+    assert {name: mask.n_live for name, mask in masks.items()} == {"net.4.weight": 4, "net.0.weight": 10}
+    zeros = [one.net[i].weight == 0 for i in (0, 4)]
+    held = CPNAPruning({"net.0.weight": 10, "net.4.weight": 4}, schedule=OneShot(1))
+    fit(one, DataLoader(TensorDataset(x[1], y[1]), batch_size=BATCH), [held])
+    assert all(torch.equal(one.net[i].weight == 0, zero) for i, zero in zip((0, 4), zeros, strict=True))
+    masks["net.0.weight"].remove_(torch.ones(12, P, dtype=torch.bool))
+    assert sparsity_of(stacked).masks["net.0.weight"].n_live == 10 * MEMBERS

@@ -24,6 +24,11 @@ def multiplies(n: float, by: float = 2) -> float:
     return n * by
 
 
+class Power:
+    def __init__(self, exponent: float) -> None:
+        self.exponent, self.itself = exponent, self
+
+
 @dataclass
 class Rate:
     value: float
@@ -51,6 +56,7 @@ PAIRS: dict[str, tuple[Any, Any]] = {
     "nested partial arguments": (partial(map, partial(multiplies, by=3)), partial(map, partial(multiplies, by=4))),
     "classes": (int, float),
     "dataclasses": (Rate(0.1), Rate(0.2)),
+    "objects that know nothing to say of themselves": ([Power(2)], [Power(3)]),
 }
 
 
@@ -65,7 +71,8 @@ def test_values_that_differ_are_described_otherwise(case: str) -> None:
 def test_an_object_is_described_alike_in_another_process() -> None:
     program = (
         "from functools import partial; import tests.test_words as t; from lightning_cpna.words import fingerprint;"
-        "print(fingerprint([{'b', 'a', 'c'}, object(), t.adds, t.adds(1), partial(t.multiplies, by=3), t.Rate(1)]))"
+        "objects = [t.Rate(1), t.Power(2)];"
+        "print(fingerprint([{'b', 'a', 'c'}, object(), t.adds, t.adds(1), partial(t.multiplies, by=3), objects]))"
     )
     runs = [
         subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
