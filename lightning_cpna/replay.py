@@ -84,7 +84,8 @@ def float64_copy(module: nn.Module) -> Iterator[nn.Module]:
     memo: dict[int, Any] = {}
     for value in _activations(module):
         memo[id(value)] = value.detach().clone()  # it cannot be copied with its history
-    twin = copy.deepcopy(getattr(module, "_orig_mod", module), memo)
+    original = getattr(module, "_orig_mod", module)
+    twin = copy.deepcopy(original, memo)
     for child in twin.modules():
         child.__dict__.pop("forward", None)  # Lightning compiles a module by replacing its forward
         child._compiled_call_impl = None
@@ -99,6 +100,10 @@ def float64_copy(module: nn.Module) -> Iterator[nn.Module]:
                 raise ValueError(f"{name!r} is a stack inside another module; allowed is a stack of the whole")
         if isinstance(twin, Stacked):
             twin.keep_first_()
+            if (
+                trainer := vars(original).get("_trainer")
+            ) is not None:  # copies have none, but training_step may ask it
+                twin._trainer = trainer
         yield twin.double()
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_cpna._lightning import Callback, LightningModule, Trainer
 from lightning_cpna.callbacks import CPNAPruning
@@ -188,44 +188,57 @@ def find_features(
     x, y = x.to(dtype), y.to(dtype) if y.is_floating_point() else y
     for n in (4, 1):  # losses on held-out examples are those of one
         try_out(first, x[:n, : subsets[0]], y[:n])
-    description = " ".join([describe(first), fingerprint(network), fingerprint(trainer)])
+    try_out(_seeded(0, partial(network, counts[-1])), x[:4, : counts[-1]], y[:4])
+    description = " ".join(
+        [describe(first), fingerprint(first.state_dict()), fingerprint(network), fingerprint(trainer)]
+    )
     weight, can_drop = first_weight(first, x[:4, : subsets[0]])
     search = _Search(network, trainer, x, y, weight, can_drop, counts, restarts, seed, description)
     _warn_of_few_orders(search)
+    console = console or Console()
     with tempfile.TemporaryDirectory() as temporary:
         options: dict[str, Any] = {"n_jobs": n_jobs, "backend": backend, "console": console}
-        rows, certificate = _try_until_certified(search, search.stacks(subsets), folder or temporary, options)
-    tested = ~failed(torch.tensor([row["losses"] for row in rows]))
-    best = min(itertools.compress(rows, tested), key=lambda row: row["loss"])
-    keys = ("stack", "place", "subset", "count", "features", "loss")
+        try:
+            rows, losses, certificate = _try_until_certified(
+                search, search.stacks(subsets), folder or temporary, options
+            )
+        except (KeyboardInterrupt, SystemExit):  # Lightning makes the latter of the former
+            where = f"kept in {folder}, and the same call goes on" if folder else "lost, as there is no folder"
+            console.print(f"The search was stopped; stacks of tries that are complete are {where}.")
+            raise
+    best = min(itertools.compress(rows, ~failed(losses)), key=lambda row: row["loss"])
     return Found(
         tuple(best["features"]),
         None if columns is None else tuple(columns[feature] for feature in best["features"]),
         certificate,
         len({(row["stack"], row["place"]) for row in rows}),
         search.refit(best["features"]),
-        [{key: row[key] for key in keys} for row in rows],
+        rows,
     )
 
 
 def _try_until_certified(
     search: _Search, settings: list[dict[str, Any]], folder: str | Path, options: dict[str, Any]
-) -> tuple[list[Row], Certificate]:
-    """Train one stack after the other, several at a time; return all tries up to the one after which it was certified."""
-    restarts, rows = search.restarts, list[Row]()
+) -> tuple[list[Row], Tensor, Certificate]:
+    """Train one stack after the other, several at a time, until the tries are certified; return them, and their losses."""
+    restarts, rows, losses = search.restarts, list[Row](), list[Tensor]()
+    keys = ("stack", "place", "subset", "count", "features", "loss")
     n_at_once = n_workers(options["n_jobs"], options["backend"])
     for first in range(0, len(settings), n_at_once):
         some = settings[first : first + n_at_once]
-        title = f"tries until {min((some[-1]['stack'] + 1) * restarts.together, restarts.n)} of {restarts.n}"
+        tries = [some[0]["stack"] * restarts.together + 1, min((some[-1]["stack"] + 1) * restarts.together, restarts.n)]
+        title = f"tries {tries[0]} to {tries[1]} of at most {restarts.n}"
         try:
             found = sweep(partial(_run_stack, search), some, folder, title=title, **options)
         except SweepError as error:
             raise RuntimeError(f"a stack of tries failed: {error.failures[0].error}") from error
         for setting in some:
-            rows += [row for row in found if row["stack"] == setting["stack"]]
-            if (certificate := search.certify(rows)).holds:
-                return rows, certificate
-    return rows, certificate
+            own = [row for row in found if row["stack"] == setting["stack"]]
+            losses.append(torch.tensor([row["losses"] for row in own], dtype=torch.float64))
+            rows += [{key: row[key] for key in keys} for row in own]
+            if (certificate := search.certify(torch.cat(losses), setting["stack"])).holds:
+                return rows, torch.cat(losses), certificate
+    return rows, torch.cat(losses), certificate
 
 
 class _Parts(NamedTuple):
@@ -275,17 +288,20 @@ class _Search:
         order = torch.randperm(n, generator=self._generator(_HELD_OUT))
         most = min(MAX_HELD, MAX_CELLS // min(n_labels, math.isqrt(MAX_CELLS)))
         n_held = min(most, max(2, round(self.restarts.held_out * n)))
+        if n - n_held < 2:
+            raise ValueError(
+                f"held_out is {self.restarts.held_out} of {n} examples; allowed is what leaves two or more to train on"
+            )
         held = order[:n_held]
         return _Parts(order[n_held:], held, *torch.unique(self.y[held], dim=0, return_inverse=True))
 
     def _generator(self, *purpose: int) -> torch.Generator:
         return torch.Generator().manual_seed(mixed_seed(self.seed, *purpose))
 
-    def certify(self, rows: list[Row]) -> Certificate:
-        """Ask, as often as there are stacks, whether the lowest held-out loss can be chance."""
-        losses = torch.tensor([row["losses"] for row in rows], dtype=torch.float64)
+    def certify(self, losses: Tensor, number: int) -> Certificate:
+        """Ask, after each stack, whether the lowest held-out loss, of ``(try, example, label)``, can be chance."""
         level = self.restarts.level / self.restarts.n_stacks
-        return certify(losses, self.parts().which, level, self._generator(_PERMUTATIONS, rows[-1]["stack"]))
+        return certify(losses, self.parts().which, level, self._generator(_PERMUTATIONS, number))
 
     def run(self, number: int, subset: int, n_tries: int) -> list[Row]:
         """Train a stack of tries."""
@@ -318,6 +334,10 @@ class _Search:
         counts = dict(zip(ends, self.counts, strict=True))
         measure = _Features(self.weight, columns, self._columns(held, columns), labels, counts, self.can_drop)
         self._fit(stacked, loader, total, [*pruning, measure])
+        if not measure.found:
+            raise ValueError(
+                "trainer: it left out its argument callbacks; allowed is one that has those that it is given"
+            )
         return [
             {
                 "place": place,
@@ -475,7 +495,10 @@ def _seeded(seed: int, build: Callable[[], LightningModule]) -> LightningModule:
     """Build a network whose initialisation depends on the seed alone."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return build()
+        network = build()
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"network returned a {type(network).__name__}; allowed is one that returns a LightningModule")
+    return network
 
 
 @contextlib.contextmanager

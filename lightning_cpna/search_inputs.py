@@ -6,6 +6,7 @@ import itertools
 import math
 import operator
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -38,7 +39,9 @@ def tensor_of(argument: str, values: Any) -> Tensor:
         if hasattr(values, "columns") and not others:  # numbers and bools, or a type that has missing values
             return torch.tensor(values.to_numpy(float, na_value=math.nan))
         what = f"columns of other types: {dict(itertools.islice(others.items(), 10))}" if others else str(array.dtype)
-        raise ValueError(f"{argument} holds {what}; allowed are numbers")
+        raise ValueError(
+            f"{argument} holds {what}; allowed are numbers, as of pandas.factorize(...)[0] or get_dummies(...)"
+        )
     return torch.tensor(array)
 
 
@@ -65,7 +68,7 @@ def subset_sizes(subset: float | Sequence[float], p: int, most: int) -> list[int
     """
     wanted = list(subset) if isinstance(subset, Sequence) else [subset]
     sizes = [max(most + 1, round(one * p)) if isinstance(one, float) and 0 < one <= 1 else one for one in wanted]
-    if not sizes or not all(type(size) is int and most < size <= p for size in sizes):
+    if not sizes or not all(hasattr(size, "__index__") and most < size <= p for size in sizes):
         raise ValueError(
             f"subset is {subset}; allowed is more than the {most} features wanted, up to {p}, or a fraction in (0, 1]"
         )
@@ -92,6 +95,8 @@ def check(network: Any, trainer: Any, x: Tensor, y: Tensor, counts: Sequence[int
     ours = {"max_epochs", "callbacks", "logger", "log_every_n_steps", "enable_checkpointing"}
     if isinstance(trainer, partial) and (given := sorted(ours & set(trainer.keywords))):
         raise ValueError(f"trainer: {given[0]} is given, which the search says itself; allowed are other arguments")
+    if twice := [name for name, n in Counter(names or ()).items() if n > 1]:
+        raise ValueError(f"x has several columns of the name {twice[0]!r}; allowed is each name once")
     if x.ndim != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; allowed is (n, p)")
     if y.dtype == torch.bool:
@@ -127,6 +132,8 @@ def try_out(network: LightningModule, x: Tensor, y: Tensor) -> None:
         try:
             network.training_step((x, y), 0)
         except Exception as error:
+            if "is not attached to a `Trainer`" in str(error):
+                return  # what it does with one is seen when it has one
             error.add_note(
                 f"network: this is its training_step with x {tuple(x.shape)} {x.dtype} and y {tuple(y.shape)} {y.dtype}; "
                 "batches have 1 example or more; classes must be ints, other labels floats of the shape of the outputs"

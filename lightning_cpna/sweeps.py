@@ -120,10 +120,7 @@ def sweep(
         [{'x': 2, 'square': 4}, {'x': 3, 'square': 9}]
     """
     joblib = _joblib()
-    if backend not in ("loky", "ray"):
-        raise ValueError(f"backend is {backend!r}; allowed is one of 'loky', 'ray'")
-    if type(n_jobs) is not int or (n_jobs != -1 and n_jobs < 1):
-        raise ValueError(f"n_jobs is {n_jobs!r}; allowed is -1, or an int >= 1")
+    _check_workers(n_jobs, backend)
     if isinstance(settings, Mapping):
         raise TypeError("settings is a mapping; allowed are several mappings, one a run, as grid(...) returns them")
     folder = Path(folder).absolute()
@@ -253,10 +250,18 @@ def log_hparams(rows: Iterable[Row], hparams: Sequence[str], metrics: Sequence[s
 def n_workers(n_jobs: int, backend: Backend) -> int:
     """Return how many runs a sweep makes at a time."""
     joblib = _joblib()
+    _check_workers(n_jobs, backend)
     if backend == "ray":
         _register_ray()
     with joblib.parallel_config(backend=backend):
         return int(joblib.effective_n_jobs(n_jobs))
+
+
+def _check_workers(n_jobs: int, backend: Backend) -> None:
+    if backend not in ("loky", "ray"):
+        raise ValueError(f"backend is {backend!r}; allowed is one of 'loky', 'ray'")
+    if type(n_jobs) is not int or (n_jobs != -1 and n_jobs < 1):
+        raise ValueError(f"n_jobs is {n_jobs!r}; allowed is -1, or an int >= 1")
 
 
 def _files(function: RunFunction, settings: list[dict[str, Any]], folder: Path) -> dict[Path, dict[str, Any]]:
@@ -368,7 +373,10 @@ def _check_json(row: Row) -> None:
 
 
 def _read(file: Path) -> list[Row]:
-    content = json.loads(file.read_text())
+    try:
+        content = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is damaged ({error}); delete it, and its run is made again") from error
     return [{**content["setting"], **row} for row in content["rows"]]
 
 
