@@ -30,6 +30,18 @@ def at_least(least: int) -> Callable[[str], int]:
     return read
 
 
+def existing_folder(text: str) -> Path:
+    """Be the type of an argument that is a folder which is there.
+
+    Examples:
+        >>> existing_folder(".")
+        PosixPath('.')
+    """
+    if not (folder := Path(text)).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no folder")
+    return folder
+
+
 def add_sizes(parser: argparse.ArgumentParser, sizes: dict[str, str]) -> None:
     """Add ``--quick`` and ``--full``; ``size`` is "quick", "full", or "reduced" if neither is given.
 
@@ -59,7 +71,7 @@ def add_sweep_arguments(parser: argparse.ArgumentParser, out: str, *, data: bool
     """
     if data:
         parser.add_argument(
-            "--data", type=Path, help="folder with the data (default: LIGHTNING_CPNA_DATA, or download)"
+            "--data", type=existing_folder, help="folder with the data (default: LIGHTNING_CPNA_DATA, or download)"
         )
     parser.add_argument(
         "--jobs", type=at_least(1), default=-1, help="runs at a time (default: as many as there are cores)"

@@ -55,7 +55,8 @@ def parse(
         known = problems(args.data)
         args.problems = args.problems or known
         if unknown := [name for name in args.problems if name not in known]:
-            parser.error(f"argument --problems: {unknown[0]!r} is not among {', '.join(known)}")
+            why = "its file was not found" if unknown[0] in problems(None) else f"allowed are {', '.join(known)}"
+            parser.error(f"argument --problems: {unknown[0]!r}: {why}")
     args.is_quick = sizes is not None and args.size == "quick"
     if args.page:
         if args.is_quick:

@@ -147,6 +147,10 @@ def verify_rescaling(module: nn.Module, calls: Calls, graph: Graph, producers: l
         rescale_({name: target.parameter for name, target in targets.items()}, plain, producers)
         torch.manual_seed(0)
         after = [leaf for call in calls for leaf in replay(twin, *call)]
+    if not all(leaf.isfinite().all() for leaf in before):
+        raise ValueError(
+            "the network's output on the first batch is not finite; allowed are inputs and weights without NaN"
+        )
     if not (difference := largest_difference(before, after)) <= 1e-9:
         reader = graph.fed_by(producers[0])[0].weight
         raise ValueError(

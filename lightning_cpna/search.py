@@ -136,8 +136,8 @@ def find_features(
     After each stack the lowest loss of all tries so far, on examples that none of them was trained on, is compared with what
     it is if the labels of these are permuted. The search ends when that cannot be chance, which is the certificate. Its
     level, divided by the number of times that this is asked, is exact for any network and any number of tries, if examples
-    are independent of each other (``certify``). It says that labels depend on what was found, not that every one of the
-    features is needed.
+    are independent of each other, and their labels did not help to choose or encode the columns (``certify``). It says that
+    labels depend on what was found, not that every one of the features is needed.
 
     Args:
         network: From a number of features to a network, whose ``training_step`` takes batches ``(x, y)`` and returns their

@@ -486,6 +486,14 @@ def test_verifying_catches_an_activation_that_is_not_homogeneous() -> None:
         verify_rescaling(net, [("", ((x,), {}))], trace(net, x), ["0.weight"])
 
 
+def test_an_output_that_is_not_finite_is_said_to_be_so() -> None:
+    net, x = mlp(4, 5, 3), torch.randn(6, 4)
+    graph = trace(net, x)
+    x[2, 1] = torch.nan
+    with pytest.raises(ValueError, match="output on the first batch is not finite"):
+        verify_rescaling(net, [("", ((x,), {}))], graph, ["0.weight"])
+
+
 def test_verifying_compares_the_calls_of_the_parts_that_were_traced() -> None:
     net = nn.ModuleDict({"good": mlp(4, 5, 3), "bad": mlp(4, 5, 3, activation=nn.Tanh)})
     x = torch.randn(6, 4)

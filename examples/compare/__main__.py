@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
@@ -150,16 +151,17 @@ def table(rows: list[Row]) -> str:
 
 
 def _results(rows: list[Row]) -> str:
-    """Return the mean and spread of every method on every problem; those that are first, or nearly, are bold."""
+    """Return the mean of every method on every problem; of several splits the spread, too, and who is first is bold."""
     found = mean_and_spread(rows, ("problem", "method"), "test")
+    several = Counter((row["problem"], row["method"]) for row in rows).most_common(1)[0][1] > 1
     lines = [f"| data set | tested | {' | '.join(METHODS)} |", "| --- | ---: |" + " ---: |" * len(METHODS)]
     for problem in _problems(rows):
         ahead = _ahead(found, problem)
         cells = []
         for method in METHODS:
             mean, spread = found[problem, method]
-            text = f"{mean:.1f} ± {spread:.1f}"
-            cells.append(f"**{text}**" if method in ahead else text)
+            text = f"{mean:.1f} ± {spread:.1f}" if several else f"{mean:.1f}"
+            cells.append(f"**{text}**" if several and method in ahead else text)
         n_test = next(row["n_test"] for row in rows if row["problem"] == problem)
         lines.append(f"| {problem} | {n_test} | {' | '.join(cells)} |")
     return "\n".join(lines)

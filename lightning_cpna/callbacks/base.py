@@ -240,7 +240,7 @@ class SparsityCallback(Callback):
             ):
                 warnings.warn(
                     f"{self.name}: {name!r} has {n_zeros} exact zeros but no mask, so they will train; to keep them, set "
-                    "sparsity_of(module).masks = infer_masks(module, [...]) before fit",
+                    "sparsity_of(module).masks = infer_masks(module, [...]) before fit, beside this callback",
                     stacklevel=2,
                 )
 
