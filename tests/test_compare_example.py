@@ -44,7 +44,7 @@ def blobs(n: int = 120) -> Split:
     "method", [pytest.param(it, marks=pytest.mark.slow) if it == "LassoNet" else it for it in compare.METHODS]
 )
 def test_every_method_learns_blobs_and_says_what_it_reads(method: str) -> None:
-    space, fit = compare.METHODS[method]
+    space, fit, _ = compare.METHODS[method]
     settings = {name: SMALL.get(name, values[0]) for name, values in space.items()}
     settings |= {"times": 30.0} if "times" in space else {}
     fitted = fit(settings, blobs(), 3, 0)
@@ -73,10 +73,16 @@ def test_trials_are_the_same_for_all_problems_and_the_best_on_what_is_held_out_i
     for method in compare.METHODS:
         drawn = [compare.drawn("3-D XOR p=60", method, trial, 6) for trial in range(6)]
         assert len({json.dumps(one, sort_keys=True) for one in drawn}) == 6, "all methods have as many trials"
-        for name, values in compare.METHODS[method].space.items():
-            counts = Counter(json.dumps(one[name]) for one in drawn)
+        space, _, defaults = compare.METHODS[method]
+        if defaults is not None:
+            assert drawn[0] == defaults
+            assert compare.drawn("car", method, 0, 1) == defaults
+        from_space = drawn if defaults is None else drawn[1:]
+        for name, values in space.items():
+            counts = Counter(json.dumps(one[name]) for one in from_space)
             assert set(counts) <= set(map(json.dumps, values))
-            assert all(abs(counts[json.dumps(value)] - 6 / len(values)) < 1 for value in values), name
+            few = 1 if len(from_space) == 6 else 2  # a value's share of five strata can touch a stratum at either side
+            assert all(abs(counts[json.dumps(value)] - len(from_space) / len(values)) < few for value in values), name
         for trial, one in enumerate(drawn):
             half = {"steps": one["steps"] // 2} if "steps" in one else {}
             assert compare.drawn("car", method, trial, 6) == one | half
@@ -185,21 +191,27 @@ def test_the_features_that_matter_most_are_read() -> None:
 
 def test_the_tables_from_rows_made_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "METHODS", {method: compare.METHODS[method] for method in ("XGBoost", "SET")})
-    common = {"n_test": 7, "features": 4, "parameters": 1000, "fit_seconds": 2.0, "predict_seconds": 0.0015}
+    common = {"n_test": 700, "features": 4, "parameters": 1000, "fit_seconds": 2.0, "predict_seconds": 0.0015}
     rows = [
         {"problem": problem, "method": method, "test": test, **common, **known}
         for problem, known in (("a", {}), ("b", {"precision": 0.5, "recall": 1.0, "top": 0.75}))
-        for method, tests in (("XGBoost", (90.0, 92.0)), ("SET", (80.0, 80.0) if problem == "a" else (90.0, 90.0)))
+        for method, tests in (("XGBoost", (90.0, 92.0)), ("SET", (90.4, 90.4) if problem == "a" else (90.5, 90.5)))
         for test in tests
     ]
     rows[-1] |= {"precision": 0.25, "recall": 0.5, "fit_seconds": 6.0}
     lines = compare.table(rows).splitlines()
-    assert "| a | 7 | **91.0 ± 1.4** | 80.0 ± 0.0 |" in lines
-    assert "| b | 7 | **91.0 ± 1.4** | **90.0 ± 0.0** |" in lines, "nearly first is bold, too"
+    assert "| a | 700 | **91.0 ± 1.4** | 90.4 ± 0.0 |" in lines
+    assert "| b | 700 | **91.0 ± 1.4** | **90.5 ± 0.0** |" in lines, "what is hardly below is bold, too"
     assert "| features: precision / recall, top | b |" in lines
     assert "| SET | 4: 0.38 / 0.75, 0.75 (all in 1 of 2) |" in lines
-    assert "| XGBoost | none / 1.0 | 2 | 4 | 1,000 | 2.0 (2) | 1.5 |" in lines
-    assert "| SET | none / 2.0 | 1 | 4 | 1,000 | 3.0 (6) | 1.5 |" in lines
+    assert "| XGBoost | 1.0 / 1.0 | 1 / 1 | 4 | 1,000 | 2.0 (2) | 1.5 |" in lines
+    assert "| SET | 2.0 / 2.0 | 1 / 0 | 4 | 1,000 | 3.0 (6) | 1.5 |" in lines
+    few = [row | {"n_test": 9, "test": 80.0 if row["method"] == "SET" else 91.0} for row in rows]
+    assert "| a | 9 | **91.0 ± 0.0** | **80.0 ± 0.0** |" in compare.table(few).splitlines(), (
+        "one tested row is no difference"
+    )
+    once = compare.table(rows[::2]).splitlines()
+    assert "| a | 700 | 90.0 | 90.4 |" in once, "one split has no spread"
 
 
 def test_the_page_shows_the_committed_results_of_settings_that_were_best_in_the_search() -> None:
@@ -210,6 +222,7 @@ def test_the_page_shows_the_committed_results_of_settings_that_were_best_in_the_
     page = (root / "RESULTS.md").read_text()
     assert fill(page, "examples.compare", compare.table(rows)) == page
     chosen = compare.best(searched)
+    assert load_rows(root / "examples" / "compare" / "results" / "chosen.csv") == compare.listed(chosen)
     assert {(row["problem"], row["method"]): row["settings"] for row in rows} == chosen
     tried = Counter((row["problem"], row["method"]) for row in searched)
     assert set(tried.values()) == {compare.SIZES["reduced"].trials * compare.SIZES["reduced"].folds}

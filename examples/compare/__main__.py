@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
+from scipy.stats import rankdata
 from scipy.stats.qmc import LatinHypercube
 from threadpoolctl import threadpool_limits
 from torchmetrics.functional.classification import binary_auroc
@@ -29,6 +30,7 @@ from lightning_cpna.sweeps import save_rows
 
 METHODS = DENSE | OTHERS | OURS
 FIRST_SEED = 6000  # of the splits that are reported
+LITTLE = 0.5  # chosen: points that are no difference
 OF_FITS = 10_000  # added to it: a method must not draw the numbers that the data of this seed were drawn from
 
 
@@ -58,10 +60,13 @@ def drawn(problem: str, method: str, trial: int, n_trials: int) -> Settings:
     """Return the settings of a trial, of a Latin hypercube: every value of a setting is tried about as often.
 
     They are the same trials for every data set, but networks make half as many steps on real ones. A space with few values
-    has the same settings several times.
+    has the same settings several times. Where a method has defaults, they are the first trial.
     """
-    space = METHODS[method].space
-    places = LatinHypercube(len(space), rng=np.random.default_rng(0)).random(n_trials)[trial]
+    space, defaults = METHODS[method].space, METHODS[method].defaults
+    if defaults is not None and trial == 0:
+        return dict(defaults)
+    n_drawn = n_trials - (defaults is not None)
+    places = LatinHypercube(len(space), rng=np.random.default_rng(0)).random(n_drawn)[trial - n_trials]
     settings = {
         name: values[int(place * len(values))] for (name, values), place in zip(space.items(), places, strict=True)
     }
@@ -126,6 +131,18 @@ def best(rows: list[Row]) -> dict[tuple[str, str], str]:
     return {key: settings for key, (_, settings) in chosen.items()}
 
 
+def listed(chosen: dict[tuple[str, str], str]) -> list[Row]:
+    """Return the chosen settings as rows that people can read."""
+    return [
+        {
+            "problem": problem,
+            "method": method,
+            "settings": ", ".join(f"{k}={v}" for k, v in json.loads(settings).items()),
+        }
+        for (problem, method), settings in chosen.items()
+    ]
+
+
 def draw(rows: list[Row]) -> Figure:
     """Draw the test results: a panel for each problem, a point for each split."""
     problems = _problems(rows)
@@ -141,7 +158,7 @@ def draw(rows: list[Row]) -> Figure:
     grid_of_axes[0].invert_yaxis()  # which all share
     for axes in grid_of_axes[len(problems) :]:
         axes.set_visible(False)
-    drawn.supxlabel("test AUC where there are two classes, else accuracy, %")
+    drawn.supxlabel("test AUC where there are two classes, else accuracy, %; green: ours; the scales differ")
     return drawn
 
 
@@ -156,7 +173,7 @@ def _results(rows: list[Row]) -> str:
     several = Counter((row["problem"], row["method"]) for row in rows).most_common(1)[0][1] > 1
     lines = [f"| data set | tested | {' | '.join(METHODS)} |", "| --- | ---: |" + " ---: |" * len(METHODS)]
     for problem in _problems(rows):
-        ahead = _ahead(found, problem)
+        ahead = _ahead(rows, found, problem)
         cells = []
         for method in METHODS:
             mean, spread = found[problem, method]
@@ -167,10 +184,11 @@ def _results(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _ahead(found: dict[tuple[Any, ...], tuple[float, float]], problem: str) -> list[str]:
-    """List the method with the highest mean, and those that are below it by no more than its spread."""
-    mean, spread = max(found[problem, method] for method in METHODS)
-    return [method for method in METHODS if found[problem, method][0] >= mean - spread]
+def _ahead(rows: list[Row], found: dict[tuple[Any, ...], tuple[float, float]], problem: str) -> list[str]:
+    """List the method with the highest mean, and those that are below it by no more than half a point or one tested row."""
+    n_test = next(row["n_test"] for row in rows if row["problem"] == problem)
+    least = max(found[problem, method][0] for method in METHODS) - max(LITTLE, 100 / n_test)
+    return [method for method in METHODS if found[problem, method][0] >= least]
 
 
 def _features(rows: list[Row]) -> str:
@@ -197,22 +215,19 @@ def _costs(rows: list[Row]) -> str:
     """Return by method its mean ranks, and medians over the problems of what it reads, holds, and takes."""
     found = mean_and_spread(rows, ("problem", "method"), "test")
     lines = [
-        "| method | mean rank: XOR / others | bold on | features read | parameters | fit, s: median (max) | predict, ms |",
+        "| method | mean rank: XOR, madelon / rest | bold on | features read | parameters | fit, s (max) | predict, ms |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    problems = _problems(rows)
+    known = {row["problem"] for row in rows if "recall" in row}
+    parts = [[problem for problem in _problems(rows) if (problem in known) == is_known] for is_known in (True, False)]
     ranks = {
-        (problem, method): 1 + sum(found[problem, other][0] > found[problem, method][0] for other in METHODS)
-        for problem in problems
-        for method in METHODS
+        problem: dict(zip(METHODS, rankdata([-found[problem, method][0] for method in METHODS]), strict=True))
+        for problem in _problems(rows)
     }
-    ahead = [_ahead(found, problem) for problem in problems]
+    ahead = {problem: _ahead(rows, found, problem) for problem in _problems(rows)}
     for method in METHODS:
-        own = {problem: ranks[problem, method] for problem in problems}
-        n_bold = sum(method in some for some in ahead)
-        of_xor = [rank for problem, rank in own.items() if problem in XOR]
-        of_others = [rank for problem, rank in own.items() if problem not in XOR]
-        mean_ranks = " / ".join(f"{fmean(some):.1f}" if some else "none" for some in (of_xor, of_others))
+        n_bold = " / ".join(str(sum(method in ahead[problem] for problem in part)) for part in parts)
+        mean_ranks = " / ".join(f"{fmean(ranks[it][method] for it in part):.1f}" if part else "none" for part in parts)
         medians = {}
         for value in ("features", "parameters", "fit_seconds", "predict_seconds"):
             over = mean_and_spread([row for row in rows if row["method"] == method], ("problem",), value)
@@ -249,6 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
     searched = run_sweep(args, partial(search, folder=args.data), trials, title="search")
     Console().print(f"searched: {save_rows(searched, args.out / 'search.csv')}")
     chosen = best(searched)
+    save_rows(listed(chosen), args.out / "chosen.csv")
     again = [
         {"problem": problem, "method": method, "seed": seed, "settings": chosen[problem, method]}
         for problem, method in chosen

@@ -85,10 +85,12 @@ class Method(NamedTuple):
     Attributes:
         space: What is searched: values by name.
         fit: From settings, the training part, the number of classes and a seed.
+        defaults: The first trial; None: one of the space.
     """
 
     space: dict[str, list[Any]]
     fit: Callable[[Settings, Split, int, int], Fitted]
+    defaults: Settings | None = None
 
 
 def logits(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -193,30 +195,39 @@ def lassonet(settings: Settings, train: Split, n_classes: int, seed: int) -> Fit
 
 
 OTHERS: dict[str, Method] = {
-    "L1 logistic regression": Method({"times": [1.5, 3.0, 10.0, 30.0, 100.0, 1000.0]}, logistic),
+    "L1 logistic regression": Method({"times": [3.0, 10.0, 30.0, 100.0, 1000.0, 10_000.0]}, logistic),
     "random forest": Method(
         {"max_features": ["sqrt", 0.03, 0.05, 0.1, 0.2, 0.5], "min_samples_leaf": [1, 3, 10]}, forest
     ),
     "HistGradientBoosting": Method(
         {
             "learning_rate": [0.03, 0.1, 0.3],
-            "max_iter": [100, 300],
+            "max_iter": [100, 300, 1000],
             "min_samples_leaf": [5, 20],
             "max_leaf_nodes": [15, 31, 63],
             "l2_regularization": [0.0, 1.0],
-            "max_features": [1.0, 0.3, 0.1],
+            "max_features": [0.5, 1.0],
         },
         histograms,
+        {
+            "learning_rate": 0.1,
+            "max_iter": 100,
+            "min_samples_leaf": 20,
+            "max_leaf_nodes": 31,
+            "l2_regularization": 0.0,
+            "max_features": 1.0,
+        },
     ),
     "XGBoost": Method(
         {
             "learning_rate": [0.03, 0.1, 0.3],
-            "n_estimators": [100, 300],
+            "n_estimators": [100, 300, 1000],
             "max_depth": [3, 6, 9],
             "subsample": [0.7, 1.0],
-            "colsample_bytree": [1.0, 0.3, 0.1],
+            "colsample_bytree": [0.5, 1.0],
         },
         xgboost,
+        {"learning_rate": 0.3, "n_estimators": 100, "max_depth": 6, "subsample": 1.0, "colsample_bytree": 1.0},
     ),
     "LassoNet": Method({"hidden": [50, 100], "M": [0.3, 1.0, 3.0, 10.0, 100.0, 1000.0]}, lassonet),
 }
