@@ -118,11 +118,10 @@ def test_the_two_features_that_matter_only_together_are_found_and_certified(devi
 
 
 def test_nothing_is_certified_where_labels_are_noise() -> None:
-    for seed in range(3):
-        found = search(*noise(seed), seed=seed)
-        assert not found.certificate.holds
-        assert found.n_tries == QUICK.n
-        assert "nothing is certain after 8 tries" in str(found)
+    found = search(*noise())
+    assert not found.certificate.holds
+    assert found.n_tries == QUICK.n
+    assert "nothing is certain after 8 tries" in str(found)
 
 
 class Lucky(Net):
@@ -135,10 +134,10 @@ class Lucky(Net):
 def test_noise_that_few_tries_learn_by_heart_is_certified_as_often_as_the_level_says() -> None:
     plan = Restarts(4, 10, together=4, pretraining=10, annealing=10, refit=1, batch_size=20, level=0.2)
     false = 0
-    for seed in range(40):
+    for seed in range(25):
         x, y = noise(seed)
         false += search(x[:60], y[:60], 5, restarts=plan, network=Lucky, seed=seed).certificate.holds
-    assert false <= 17, "more than 17 of 40 have a probability of 0.0003"
+    assert false <= 12, "more than 12 of 25 have a probability of 0.0004"
 
 
 def test_the_held_out_loss_is_that_of_examples_which_no_try_has_seen() -> None:
