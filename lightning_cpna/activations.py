@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_cpna.cells import wide
 from lightning_cpna.graph import Graph
 from lightning_cpna.layers import change_input, layers_of, n_kernel_axes
 
@@ -207,9 +208,9 @@ class Watch:
     def _rows(self, name: str, x: Tensor) -> Tensor:
         """Turn what a reader reads into ``(example, input)`` or ``(example, input, position)``, in float32 or better."""
         n_kernel = n_kernel_axes(self._readers[name])
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide.unsqueeze(0) if wide.ndim == n_kernel + 1 else wide
-        return wide.movedim(-1 - n_kernel, 1).flatten(2) if wide.ndim > 2 else wide
+        x = wide(x)
+        x = x.unsqueeze(0) if x.ndim == n_kernel + 1 else x
+        return x.movedim(-1 - n_kernel, 1).flatten(2) if x.ndim > 2 else x
 
     def means(self) -> dict[str, Tensor]:
         """Return the mean of each reader's inputs so far, ``(input,)``, by weight name."""

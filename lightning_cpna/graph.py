@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_cpna.cells import wide
 from lightning_cpna.targets import Axes
 
 
@@ -180,14 +181,14 @@ class Graph(Mapping[str, Layer]):
 
     def incoming_norm(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the norm of each unit's weights (bias left out), ``(member, unit)``, in float32 or better."""
-        return self[name].axes.norm_of_units(_wide(tensors[name]))
+        return self[name].axes.norm_of_units(wide(tensors[name].detach()))
 
     def outgoing_norm(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the norm of the weights that each unit feeds, ``(member, unit)``; reaching the output counts as 1."""
         layer = self[name]
         squares = []
         for consumer in self.fed_by(name):
-            per_input = consumer.axes.sum_of_inputs(_wide(tensors[consumer.weight]).square())  # (member, input)
+            per_input = consumer.axes.sum_of_inputs(wide(tensors[consumer.weight].detach()).square())  # (member, input)
             squares.append(self.at_units(per_input, consumer.weight, name))
         if layer.is_output or not squares:
             w = tensors[name]
@@ -209,10 +210,6 @@ class Graph(Mapping[str, Layer]):
 def owned(sources: Tensor, layer: Layer) -> Tensor:
     """Mark the global unit numbers that belong to a layer."""
     return (sources >= layer.units.start) & (sources < layer.units.stop)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(_wide_type(tensor))
 
 
 def _wide_type(tensor: Tensor) -> torch.dtype:

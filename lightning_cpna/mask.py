@@ -164,7 +164,7 @@ class Mask:
             fill_cells_(self._bits, cells, 0)
         else:
             self._bits = None
-        self._live_cells = None
+        self._live_cells, self._live_groups = None, {}
         self.version += 1
         return n
 
@@ -183,6 +183,7 @@ class Mask:
         fill_cells_(self.dead, born, False)
         self.n_live += len(born) - len(dying)
         self._bits = self._live_cells = None
+        self._live_groups = {}
         self.version += 1
 
     def closed_units(self, axes: Axes) -> Tensor:
@@ -227,6 +228,11 @@ class ListMask(Mask):
         nothing = torch.zeros(1, dtype=torch.bool, device=units.device).expand(n)  # takes no memory
         super().__init__(nothing, nothing)
         self.units, self.inputs, self.cells = units, inputs, cells
+
+    @property
+    def live_groups(self) -> dict[str, Tensor]:
+        """Nothing is kept: the list changes without its mask."""
+        return {}
 
     @classmethod
     def of(cls, parameter: Tensor, axes: ListedAxes) -> ListMask:

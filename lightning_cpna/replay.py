@@ -100,10 +100,8 @@ def float64_copy(module: nn.Module) -> Iterator[nn.Module]:
                 raise ValueError(f"{name!r} is a stack inside another module; allowed is a stack of the whole")
         if isinstance(twin, Stacked):
             twin.keep_first_()
-            if (
-                trainer := vars(original).get("_trainer")
-            ) is not None:  # copies have none, but training_step may ask it
-                twin._trainer = trainer
+            if "_trainer" in vars(original):  # which copies leave out, but training_step may ask
+                twin._trainer = original._trainer
         yield twin.double()
 
 

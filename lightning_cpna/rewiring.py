@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_cpna.cells import cells_of, count_true, distinct, pick, put_cells_, together
+from lightning_cpna.cells import cells_of, count_true, distinct, pick, put_cells_, together, wide
 from lightning_cpna.draws import draw_cells
 from lightning_cpna.growth import Factors, check_zeta
 from lightning_cpna.mask import ListMask
@@ -230,7 +230,7 @@ class _Flat:
             raise ValueError(
                 "gradient is a list of factors; allowed for a dense layer is a tensor of the weight's shape"
             )
-        scores = gradient.abs().flatten().to(torch.promote_types(gradient.dtype, torch.float32))
+        scores = wide(gradient.abs().flatten())
         scores[self.taken] = -torch.inf
         best, _ = keep_top_rows(scores[None], n)
         return cells_of(best[0])

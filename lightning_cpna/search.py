@@ -236,9 +236,10 @@ def _try_until_certified(
             own = [row for row in found if row["stack"] == setting["stack"]]
             losses.append(torch.tensor([row["losses"] for row in own], dtype=torch.float64))
             rows += [{key: row[key] for key in keys} for row in own]
-            if (certificate := search.certify(torch.cat(losses), setting["stack"])).holds:
-                return rows, torch.cat(losses), certificate
-    return rows, torch.cat(losses), certificate
+            tested = torch.cat(losses)
+            if (certificate := search.certify(tested, setting["stack"])).holds:
+                return rows, tested, certificate
+    return rows, tested, certificate
 
 
 class _Parts(NamedTuple):

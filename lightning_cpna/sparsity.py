@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_cpna.cells import cells_of
+from lightning_cpna.cells import cells_of, wide
 from lightning_cpna.graph import Graph
 from lightning_cpna.mask import Kept, ListMask, Mask
 from lightning_cpna.masks import Masks
@@ -301,12 +301,12 @@ class Sparsity:
                     f"scores: that of {name!r} has shape {tuple(scores[name].shape)}; allowed is one number a unit, "
                     f"{tuple(gone.shape)}"
                 )
-            wide = scores[name].to(gone.device, torch.promote_types(scores[name].dtype, torch.float32))
-            wide = wide.expand(gone.shape).clamp(min=torch.finfo(wide.dtype).min)
+            own = wide(scores[name].to(gone.device))
+            own = own.expand(gone.shape).clamp(min=torch.finfo(own.dtype).min)
             if len(budget.names) > 1:  # so that layers can be compared (Evci 2018)
-                norm = wide.masked_fill(gone, 0.0).norm(dim=1, keepdim=True)
-                wide = wide / norm.clamp(min=torch.finfo(wide.dtype).tiny)
-            candidates.append(wide.masked_fill(gone, -torch.inf))
+                norm = own.masked_fill(gone, 0.0).norm(dim=1, keepdim=True)
+                own = own / norm.clamp(min=torch.finfo(own.dtype).tiny)
+            candidates.append(own.masked_fill(gone, -torch.inf))
         return self._keep_best_(budget, n, candidates, optimizers, agree, means)
 
     def _keep_best_(
@@ -345,13 +345,12 @@ class Sparsity:
         self.add_mask(name)
         mask, is_listed = self.masks[name], self._is_listed(name, granularity)
         if is_listed and isinstance(score, Score):
-            live = mask.live_cells
-            groups = {} if isinstance(mask, ListMask) else mask.live_groups  # a list changes without its mask
+            live, groups = mask.live_cells, mask.live_groups
             return score(ScoreInputs(target, self.tensors, self.graph, generator, cells=live, groups=groups))[None]
         cells = torch.arange(len(mask.dead), device=mask.dead.device) if isinstance(mask, ListMask) else None
         scores = score(ScoreInputs(target, self.tensors, self.graph, generator, self.kept.get(name), cells))
         dead = axes.view(mask.dead)  # (member, unit, input, *kernel)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).expand(dead.shape)
+        scores = wide(scores).expand(dead.shape)
         if not isinstance(score, Score):  # a function may answer -inf, which must not mean that a connection is dead
             scores = scores.clamp(min=torch.finfo(scores.dtype).min)
         if is_listed:

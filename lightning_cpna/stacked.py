@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -244,7 +244,8 @@ class Stacked(nn.Module):
             )
         alone: Any = member(self, 0)
         alone.trainer = trainer
-        if _groups(self, trainer.optimizers) != _groups(alone, _optimizers(alone.configure_optimizers())):
+        of_member = [x for x in tree_leaves(alone.configure_optimizers()) if isinstance(x, Optimizer)]
+        if _groups(self, trainer.optimizers) != _groups(alone, of_member):
             raise ValueError(
                 "configure_optimizers makes other groups of a stack's parameters than of a member's, as those of a stack "
                 "have an axis more; allowed is to group them by their names"
@@ -403,16 +404,6 @@ def _change_example_(module: Any, change: Callable[[Tensor], Tensor]) -> None:
         module.example_input_array = tree_map(lambda x: change(x) if isinstance(x, Tensor) else x, example)
 
 
-def _optimizers(configured: Any) -> list[Optimizer]:
-    """List the optimizers in what ``configure_optimizers`` returned."""
-    if isinstance(configured, Optimizer):
-        return [configured]
-    if isinstance(configured, Mapping):
-        return _optimizers(configured.get("optimizer"))
-    parts = configured if isinstance(configured, list | tuple) else ()
-    return [optimizer for part in parts for optimizer in _optimizers(part)]
-
-
 def _groups(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[list[set[str]]]:
     """Return the names of the parameters in each group of each optimizer."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
@@ -459,9 +450,8 @@ def _modules(module: nn.Module) -> dict[str, str]:
     """Describe by name the parts of a module: what they are, and their attributes."""
     described = {}
     for name, part in module.named_modules():
-        described[name] = (
-            f"{type(part).__name__}({part.extra_repr()}) in {'training' if part.training else 'eval'} mode"
-        )
+        mode = "training" if part.training else "eval"
+        described[name] = f"{type(part).__name__}({part.extra_repr()}) in {mode} mode"
         base = next((kind for kind in type(part).__mro__ if kind.__name__ == "LightningModule"), nn.Module)
         own = {key: value for key, value in vars(part).items() if key not in _of_every(base)}
         described |= {f"{name}.{key}".lstrip("."): fingerprint(value) for key, value in own.items()}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -170,32 +169,33 @@ def table(rows: list[Row]) -> str:
 def _results(rows: list[Row]) -> str:
     """Return the mean of every method on every problem; of several splits the spread, too, and who is first is bold."""
     found = mean_and_spread(rows, ("problem", "method"), "test")
-    several = Counter((row["problem"], row["method"]) for row in rows).most_common(1)[0][1] > 1
+    several = len(rows) > len(found)
     lines = [f"| data set | tested | {' | '.join(METHODS)} |", "| --- | ---: |" + " ---: |" * len(METHODS)]
+    ahead = _ahead(rows)
     for problem in _problems(rows):
-        ahead = _ahead(rows, found, problem)
         cells = []
         for method in METHODS:
             mean, spread = found[problem, method]
             text = f"{mean:.1f} ± {spread:.1f}" if several else f"{mean:.1f}"
-            cells.append(f"**{text}**" if several and method in ahead else text)
+            cells.append(f"**{text}**" if several and method in ahead[problem] else text)
         n_test = next(row["n_test"] for row in rows if row["problem"] == problem)
         lines.append(f"| {problem} | {n_test} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _ahead(rows: list[Row], found: dict[tuple[Any, ...], tuple[float, float]], problem: str) -> list[str]:
-    """List the method with the highest mean, and those that are below it by no more than half a point or one tested row."""
-    n_test = next(row["n_test"] for row in rows if row["problem"] == problem)
-    least = max(found[problem, method][0] for method in METHODS) - max(LITTLE, 100 / n_test)
-    return [method for method in METHODS if found[problem, method][0] >= least]
+def _ahead(rows: list[Row]) -> dict[str, list[str]]:
+    """List for each problem who has the highest mean, or is below it by no more than half a point or one tested row."""
+    found = mean_and_spread(rows, ("problem", "method"), "test")
+    ahead = {}
+    for problem, n_test in {row["problem"]: row["n_test"] for row in rows}.items():
+        least = max(found[problem, method][0] for method in METHODS) - max(LITTLE, 100 / n_test)
+        ahead[problem] = [method for method in METHODS if found[problem, method][0] >= least]
+    return ahead
 
 
 def _features(rows: list[Row]) -> str:
     """Return how many features are read, how many of these matter, and of those that matter, where that is known."""
-    known = [
-        problem for problem in _problems(rows) if any("recall" in row for row in rows if row["problem"] == problem)
-    ]
+    known = _problems([row for row in rows if "recall" in row])
     if not known:
         return ""
     lines = ["| features: precision / recall, top | " + " | ".join(known) + " |", "| --- |" + " ---: |" * len(known)]
@@ -218,13 +218,12 @@ def _costs(rows: list[Row]) -> str:
         "| method | mean rank: XOR, madelon / rest | bold on | features read | parameters | fit, s (max) | predict, ms |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    known = {row["problem"] for row in rows if "recall" in row}
-    parts = [[problem for problem in _problems(rows) if (problem in known) == is_known] for is_known in (True, False)]
+    parts = [_problems([row for row in rows if ("recall" in row) == is_known]) for is_known in (True, False)]
     ranks = {
         problem: dict(zip(METHODS, rankdata([-found[problem, method][0] for method in METHODS]), strict=True))
         for problem in _problems(rows)
     }
-    ahead = {problem: _ahead(rows, found, problem) for problem in _problems(rows)}
+    ahead = _ahead(rows)
     for method in METHODS:
         n_bold = " / ".join(str(sum(method in ahead[problem] for problem in part)) for part in parts)
         mean_ranks = " / ".join(f"{fmean(ranks[it][method] for it in part):.1f}" if part else "none" for part in parts)
