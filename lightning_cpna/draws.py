@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from lightning_cpna.cells import distinct, n_up_to, together
 
 
-def draw_cells(occupied: Tensor, n_cells: int, n: int, generator: torch.Generator | None = None) -> Tensor:
+class Free(NamedTuple):
+    """Cells that are not occupied.
+
+    Attributes:
+        cells: Ascending, int64 ``(n,)``.
+        n_before: How many occupied cells are before each, int64 ``(n,)``.
+    """
+
+    cells: Tensor
+    n_before: Tensor
+
+
+def draw_cells(occupied: Tensor, n_cells: int, n: int, generator: torch.Generator | None = None) -> Free:
     """Draw cells that are not occupied, uniformly, each at most once.
 
     Args:
@@ -18,13 +32,13 @@ def draw_cells(occupied: Tensor, n_cells: int, n: int, generator: torch.Generato
         generator: A CPU generator; None is torch's global one.
 
     Returns:
-        Ascending cells, int64 ``(n,)``, on the device of ``occupied``.
+        The cells, on the device of ``occupied``.
 
     Raises:
         ValueError: If fewer than ``n`` are free.
 
     Examples:
-        >>> draw_cells(torch.tensor([0, 2, 3]), n_cells=5, n=2)
+        >>> draw_cells(torch.tensor([0, 2, 3]), n_cells=5, n=2).cells
         tensor([1, 4])
     """
     n_free = n_cells - len(occupied)
@@ -40,7 +54,7 @@ def draw_cells(occupied: Tensor, n_cells: int, n: int, generator: torch.Generato
     return free_cells(occupied, ranks.to(occupied.device))
 
 
-def free_cells(occupied: Tensor, ranks: Tensor) -> Tensor:
+def free_cells(occupied: Tensor, ranks: Tensor) -> Free:
     """Return the cells that are the ``ranks``-th of those that are not occupied.
 
     Args:
@@ -48,8 +62,9 @@ def free_cells(occupied: Tensor, ranks: Tensor) -> Tensor:
         ranks: From 0, ascending, int64 ``(n,)``.
 
     Examples:
-        >>> free_cells(torch.tensor([0, 2, 3]), torch.tensor([0, 1, 2]))
+        >>> free_cells(torch.tensor([0, 2, 3]), torch.tensor([0, 1, 2])).cells
         tensor([1, 4, 5])
     """
     n_free_before = torch.arange(len(occupied), device=occupied.device).neg_().add_(occupied)
-    return n_up_to(n_free_before, ranks).add_(ranks)
+    n_before = n_up_to(n_free_before, ranks)
+    return Free(n_before + ranks, n_before)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 
 _KERNELS = ("cpu", "cuda")  # where torch has all operators that are used
@@ -29,6 +31,33 @@ class Pattern(NamedTuple):
     ccol_indices: Tensor
     row_indices: Tensor
     order: Tensor
+
+
+def pattern_of(crow_indices: Tensor, col_indices: Tensor, in_features: int) -> Pattern:
+    """Return a pattern that is given by unit by input, too.
+
+    Examples:
+        >>> crow_indices, col_indices = torch.tensor([0, 2, 3]).int(), torch.tensor([0, 1, 0]).int()
+        >>> pattern_of(crow_indices, col_indices, 2).order.tolist()
+        [0, 2, 1]
+    """
+    by_input = _counted_by_input if col_indices.is_cpu else _sorted_by_input
+    return Pattern(crow_indices, col_indices, *by_input(crow_indices, col_indices, in_features))
+
+
+def _counted_by_input(crow_indices: Tensor, col_indices: Tensor, in_features: int) -> tuple[Tensor, ...]:
+    """Turn CSR into CSC by SciPy, which counts."""
+    places = np.arange(len(col_indices), dtype=np.int32)
+    shape = (len(crow_indices) - 1, in_features)
+    matrix = csr_array((places, col_indices.numpy(), crow_indices.numpy()), shape=shape).tocsc()
+    return tuple(torch.from_numpy(part) for part in (matrix.indptr, matrix.indices, matrix.data))
+
+
+def _sorted_by_input(crow_indices: Tensor, col_indices: Tensor, in_features: int) -> tuple[Tensor, ...]:
+    """Do the same out of operators that every device has."""
+    order = torch.argsort(col_indices, stable=True).int()
+    rows = rows_of(crow_indices, len(col_indices)).index_select(0, order)
+    return starts(torch.bincount(col_indices, minlength=in_features)), rows, order
 
 
 @torch.library.custom_op("lightning_cpna::sparse_matmul", mutates_args=())
@@ -141,6 +170,18 @@ def _parts(n: int, x: Tensor) -> tuple[Tensor, ...]:
     return torch.split(torch.arange(n, device=x.device), max(1, _CHUNK // max(1, x.shape[1])))
 
 
+def starts(counts: Tensor) -> Tensor:
+    """Turn counts into where each begins, and the end, int32.
+
+    Examples:
+        >>> starts(torch.tensor([2, 0, 1]))
+        tensor([0, 2, 2, 3], dtype=torch.int32)
+    """
+    starts = counts.new_zeros(len(counts) + 1, dtype=torch.int32)
+    torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
+    return starts
+
+
 def rows_of(starts: Tensor, n: int) -> Tensor:
     """Return which row each of ``n`` connections is in, int32 ``(n,)``, given where each row's begin.
 
@@ -158,7 +199,10 @@ def of_rows(values: Tensor, starts: Tensor, n: int) -> Tensor:
         >>> of_rows(torch.tensor([0.5, 0.6, 0.7]), torch.tensor([0, 2, 2, 3]), 3)
         tensor([0.5000, 0.5000, 0.7000])
     """
-    return torch.repeat_interleave(values, starts.diff(), output_size=n)
+    counts = starts.diff()
+    if values.is_cpu:
+        return torch.from_numpy(np.repeat(values.numpy(), counts.numpy()))
+    return torch.repeat_interleave(values, counts, output_size=n)
 
 
 @sparse_matmul.register_fake

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_cpna.cells import cells_of, count_true, distinct, pick, put_cells_, together, wide
+from lightning_cpna.cells import between, cells_of, count_true, distinct, others, pick, put_cells_, together, wide
 from lightning_cpna.draws import draw_cells
 from lightning_cpna.growth import Factors, check_zeta
 from lightning_cpna.mask import ListMask
@@ -56,25 +56,25 @@ def weakest(weights: Tensor, zeta: float, generator: torch.Generator | None = No
         >>> weakest(torch.tensor([0.1, 0.5, -0.2, -0.9, 0.3, -0.4]), zeta=0.34)
         tensor([ True, False,  True, False, False, False])
     """
-    weights = weights.detach()
+    weights = wide(weights.detach())
     if not len(weights):
         return torch.zeros(0, dtype=torch.bool, device=weights.device)
     if not all(math.isfinite(edge) for edge in torch.aminmax(weights)):
         n_bad = len(weights) - count_true(torch.isfinite(weights))
         raise ValueError(f"{n_bad} of {len(weights)} weights are not finite; which are the weakest would be arbitrary")
-    zeros = cells_of(weights == 0)
+    zeros = cells_of(between(weights, 0, 0))
     n_zero, n_gone = len(zeros), math.floor(zeta * len(weights) + 1e-9)
     if n_zero > n_gone:
         zeros = zeros[torch.randperm(n_zero, generator=generator)[:n_gone].sort().values.to(zeros.device)]
         rest = 0.0
     else:
         rest = (zeta * len(weights) - n_zero) / max(1, len(weights) - n_zero)
-    n_negative = count_true(weights < 0)
+    n_negative = count_true(between(weights, -math.inf, 0)) - n_zero
     n_low = math.floor(rest * n_negative + 1e-9)
     n_high = math.floor(rest * (len(weights) - n_zero - n_negative) + 1e-9)
     low = float(nth_of(weights[None], n_negative - n_low)) if n_low else 0.0
     high = float(nth_of(weights[None], n_negative + n_zero + n_high - 1)) if n_high else 0.0
-    gone = (weights >= low) & (weights <= high)
+    gone = between(weights, low, high)
     if count_true(gone) > len(zeros) + n_low + n_high:
         gone &= weights != 0
         gone[zeros] = True
@@ -152,15 +152,20 @@ def rewire_(
         grid = _Flat(cells_of(there | mask.removed.flatten()), there.numel())
     if grid.n_free == len(dying):
         return 0
-    born = grid.draw(len(dying), generator) if gradient is None else grid.best(gradient, len(dying))
+    places = None
+    if gradient is None:
+        born, places = grid.draw(len(dying), generator)
+    else:
+        born = grid.best(gradient, len(dying))
     del grid
     values = torch.zeros(len(dying), dtype=torch.float64)
     if std:
         values = torch.randn(len(dying), generator=generator).double() * std
-    dying, born, values = agree(Decision(dying, born, values))
+    own = Decision(dying, born, values)
+    dying, born, values = agreed = agree(own)
     if isinstance(axes, ListedAxes) and isinstance(mask, ListMask):
         dead = axes.layer.cells[mask.dead] if rests else None
-        axes.layer.rewire_(dying, born, values, optimizers)
+        axes.layer.rewire_(dying, born, values, optimizers, places if agreed is own else None)
         if dead is not None:
             mask.follow_(torch.searchsorted(axes.layer.cells, dead))
     else:
@@ -200,7 +205,7 @@ def plant_(
     sparsity.add_mask(name)
     mask, parameter = sparsity.masks[name], sparsity.targets[name].parameter
     nothing = torch.empty(0, dtype=torch.int64, device=parameter.device)
-    live = agree(draw_cells(nothing, parameter.numel(), n, generator)).to(parameter.device)
+    live = agree(draw_cells(nothing, parameter.numel(), n, generator).cells).to(parameter.device)
     resting = torch.ones(parameter.numel(), dtype=torch.bool, device=parameter.device)
     resting[live] = False
     mask.move_(cells_of(resting), nothing)
@@ -222,8 +227,9 @@ class _Flat:
     def n_free(self) -> int:
         return self.n_cells - len(self.taken)
 
-    def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        return draw_cells(self.taken, self.n_cells, n, generator)
+    def draw(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
+        """Draw free cells; return them, and where they will be in the list of all, if there is one and it is known."""
+        return draw_cells(self.taken, self.n_cells, n, generator).cells, None
 
     def best(self, gradient: Tensor | Sequence[Factors], n: int) -> Tensor:
         if not isinstance(gradient, Tensor):
@@ -241,9 +247,7 @@ class _Grid(_Flat):
 
     def __init__(self, axes: ListedAxes, mask: ListMask, dying: Tensor) -> None:
         self.layer, self.mask = axes.layer, mask
-        staying = torch.ones(len(mask.dead), dtype=torch.bool, device=mask.dead.device)
-        staying[dying] = False
-        taken = pick(axes.layer.cells, staying)
+        taken = axes.layer.cells.index_select(0, others(len(mask.dead), dying))
         if len(mask.cells):
             taken = together(taken, distinct(mask.cells))
         self.units, self.inputs = cells_of(~mask.units), cells_of(~mask.inputs)
@@ -265,8 +269,10 @@ class _Grid(_Flat):
         units, inputs = numbers // len(self.inputs), numbers % len(self.inputs)
         return self.units[units] * self.layer.in_features + self.inputs[inputs]
 
-    def draw(self, n: int, generator: torch.Generator | None) -> Tensor:
-        return self._cells(super().draw(n, generator))
+    def draw(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
+        cells, n_before = draw_cells(self.taken, self.n_cells, n, generator)
+        all_stay = self.is_whole and not len(self.mask.cells)  # what is taken
+        return self._cells(cells), n_before.add_(torch.arange(n, device=cells.device)) if all_stay else None
 
     def best(self, gradient: Tensor | Sequence[Factors], n: int) -> Tensor:
         """Find the largest gradients a block of units at a time."""

@@ -112,7 +112,9 @@ def _nth_of_many(values: NDArray[np.floating[Any]], place: int) -> np.floating[A
     middle = place * len(sample) // len(values)
     low, high = sample[max(0, middle - MARGIN)], sample[min(len(sample) - 1, middle + MARGIN)]
     below = values < low
-    between = values[(values <= high) & ~below]
+    inside = values <= high
+    inside &= ~below
+    between = values[np.flatnonzero(inside)]
     place_between = place - int(np.count_nonzero(below))
     if 0 <= place_between < len(between):
         values, place = between, place_between

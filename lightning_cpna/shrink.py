@@ -17,9 +17,10 @@ from lightning_cpna.graph import Graph
 from lightning_cpna.layers import change_input, layers_of, n_kernel_axes
 from lightning_cpna.mask import Kept, ListMask, Mask
 from lightning_cpna.moments import is_elementwise, replace_, set_tensor_
+from lightning_cpna.pattern import starts
 from lightning_cpna.replay import float64_copy, replay, why_not
 from lightning_cpna.report import may_feed
-from lightning_cpna.sparse import SparseLinear, spread, starts
+from lightning_cpna.sparse import SparseLinear, spread
 from lightning_cpna.sparsity import Sparsity
 from lightning_cpna.surgery import all_but_one, set_widths
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.overrides import handle_torch_function, has_torch_function
 
-from lightning_cpna.cells import cells_of, count_true, distinct, divided, merging_order, renumbered
+from lightning_cpna.cells import cells_of, count_true, distinct, divided, n_up_to, others, renumbered
 from lightning_cpna.draws import draw_cells
 from lightning_cpna.moments import moments_of, replace_, set_tensor_
-from lightning_cpna.pattern import Pattern, of_rows, rows_of, sparse_matmul
+from lightning_cpna.pattern import Pattern, of_rows, pattern_of, rows_of, sparse_matmul, starts
 from lightning_cpna.targets import Axes, ListedAxes
 from lightning_cpna.topology import n_connections
 
@@ -94,7 +94,7 @@ class SparseLinear(nn.Module):
             n_draws = max(1, round(epsilon * (in_features + out_features)))
             cells = distinct(torch.randint(n_cells, (n_draws,), generator=generator))
         else:
-            cells = draw_cells(torch.empty(0, dtype=torch.int64), n_cells, n, generator)
+            cells = draw_cells(torch.empty(0, dtype=torch.int64), n_cells, n, generator).cells
         self.set_cells_(cells)
         self.reset_parameters(generator)
 
@@ -261,7 +261,7 @@ class SparseLinear(nn.Module):
 
     def _set_cells(self, cells: Tensor) -> None:
         units = divided(cells, self.in_features)
-        crow_indices = starts(torch.bincount(units, minlength=self.out_features))
+        crow_indices = starts(self._counts(units))
         col_indices = cells.sub(units, alpha=self.in_features).int()
         del cells, units  # at a million neurons every list counts, where the caller keeps none
         self._set_indices(crow_indices, col_indices)
@@ -272,11 +272,8 @@ class SparseLinear(nn.Module):
             set_tensor_(self.weight, self.weight.new_zeros(n), None)
 
     def _set_indices(self, crow_indices: Tensor, col_indices: Tensor) -> None:
-        self._put("crow_indices", crow_indices)
-        self._put("col_indices", col_indices)
-        self._put("order", torch.argsort(self.col_indices, stable=True).int())
-        self._put("row_indices", self.units.index_select(0, self.order))
-        self._put("ccol_indices", starts(torch.bincount(self.col_indices, minlength=self.in_features)))
+        for name, indices in pattern_of(crow_indices, col_indices, self.in_features)._asdict().items():
+            self._put(name, indices)
 
     def _put(self, name: str, indices: Tensor) -> None:
         """Set a buffer, in place where its size stays, so that who holds it (DDP) sees it."""
@@ -341,7 +338,14 @@ class SparseLinear(nn.Module):
         self._set_indices(crow_indices, col_indices)
 
     @torch.no_grad()
-    def rewire_(self, dying: Tensor, cells: Tensor, values: Tensor, optimizers: Iterable[Optimizer] = ()) -> None:
+    def rewire_(
+        self,
+        dying: Tensor,
+        cells: Tensor,
+        values: Tensor,
+        optimizers: Iterable[Optimizer] = (),
+        places: Tensor | None = None,
+    ) -> None:
         """Put other connections in the place of as many; their moments are zero, those of all others go with them.
 
         Args:
@@ -349,6 +353,7 @@ class SparseLinear(nn.Module):
             cells: Which come, ascending, int64 ``(n,)``; none of them stays anyway.
             values: Their values, ``(n,)``.
             optimizers: Where the moments are.
+            places: Where in ``weight`` they will be, int64 ``(n,)``, if that is known.
 
         Raises:
             ValueError: If not as many come as go, they are not ascending, or one is there, or beyond the layer.
@@ -356,30 +361,41 @@ class SparseLinear(nn.Module):
         if len(dying) != len(cells):
             raise ValueError(f"cells has {len(cells)} connections; allowed is as many as die, {len(dying)}")
         self._check_cells(cells)
-        self._set_cells(self._exchange(dying, cells, values, list(optimizers)))
+        self._set_indices(*self._exchange(dying, cells, values, optimizers, places))
 
-    def _exchange(self, dying: Tensor, cells: Tensor, values: Tensor, optimizers: Iterable[Optimizer]) -> Tensor:
-        """Put values and moments where they will be; return all cells. What it lists meanwhile is freed when it returns."""
-        keep = torch.ones(len(self.weight), dtype=torch.bool, device=self.weight.device)
-        keep[dying] = False
-        staying = cells_of(keep)
-        kept = self.cells.index_select(0, staying)
-        order = merging_order(kept, cells)
-        moved = torch.cat([kept, cells]).index_select(0, order)
-        if not _is_ascending(moved):
-            raise ValueError("cells: one of them is there already; allowed are others")
+    def _exchange(
+        self, dying: Tensor, cells: Tensor, values: Tensor, optimizers: Iterable[Optimizer], places: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Put values and moments where they will be; return the indices. What it lists meanwhile is freed when it returns."""
+        staying = others(len(self.weight), dying)
+        places = self._places(staying, cells) if places is None else places
+        places_of_staying = others(len(self.weight), places)
 
-        def move(tensor: Tensor, born: Tensor) -> None:
-            tensor.copy_(torch.cat([tensor.detach().index_select(0, staying), born]).index_select(0, order))
+        def moved(old: Tensor, born: Tensor) -> Tensor:
+            new = torch.empty_like(old).scatter_(0, places_of_staying, old.index_select(0, staying))
+            return new.scatter_(0, places, born.to(old))
 
         zeros = self.weight.new_zeros(len(cells))
-        move(self.weight, values.to(zeros))
-        if self.weight.grad is not None:
-            move(self.weight.grad, zeros)
-        for optimizer in optimizers:
-            for _, value in moments_of(optimizer, self.weight):
-                move(value, zeros.to(value))
-        return moved
+        gradient = [] if self.weight.grad is None else [self.weight.grad]
+        self.weight.copy_(moved(self.weight.detach(), values))
+        for tensor in [*gradient, *(value for it in optimizers for _, value in moments_of(it, self.weight))]:
+            tensor.copy_(moved(tensor, zeros))
+        units = divided(cells, self.in_features)
+        counts = self.crow_indices.diff()
+        counts += self._counts(units) - self._counts(self.units.index_select(0, dying))
+        return starts(counts), moved(self.col_indices, cells.sub(units, alpha=self.in_features))
+
+    def _counts(self, units: Tensor) -> Tensor:
+        return torch.bincount(units, minlength=self.out_features)
+
+    def _places(self, staying: Tensor, cells: Tensor) -> Tensor:
+        """Find where cells will be among those that stay; refuse one that does."""
+        kept = self.cells.index_select(0, staying)
+        n_before = n_up_to(kept, cells)
+        last_before = torch.cat([kept.new_full((1,), -1), kept]).index_select(0, n_before)
+        if bool((last_before == cells).any()):
+            raise ValueError("cells: one of them is there already; allowed are others")
+        return n_before.add_(torch.arange(len(cells), device=cells.device))
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -483,10 +499,3 @@ def spread(
     counts = crow_indices.new_zeros(out_features)
     counts[units.to(counts.device)] = crow_indices.diff()
     return starts(counts), inputs.to(col_indices)[col_indices]
-
-
-def starts(counts: Tensor) -> Tensor:
-    """Turn counts into where each begins, and the end, int32."""
-    starts = counts.new_zeros(len(counts) + 1, dtype=torch.int32)
-    torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
-    return starts

@@ -13,8 +13,8 @@ from lightning_cpna.cells import (
     count_true,
     distinct,
     fill_cells_,
-    merging_order,
     n_up_to,
+    others,
     pack,
     pick,
     together,
@@ -32,11 +32,10 @@ def test_counting_listing_and_picking_equal_torch_indexing(bits: list[bool]) -> 
     assert torch.equal(pick(values, where), values[where])
 
 
-@given(first=st.lists(st.integers(0, 100)).map(sorted), second=st.lists(st.integers(0, 100)).map(sorted))
-def test_the_merging_order_equals_a_stable_sort(first: list[int], second: list[int]) -> None:
-    both = first + second
-    order = merging_order(torch.tensor(first, dtype=torch.int64), torch.tensor(second, dtype=torch.int64))
-    assert order.tolist() == sorted(range(len(both)), key=lambda i: (both[i], i))
+@given(n=st.integers(0, 40), cells=st.sets(st.integers(0, 39)))
+def test_other_cells_equal_the_difference_of_sets(n: int, cells: set[int]) -> None:
+    cells = {cell for cell in cells if cell < n}
+    assert others(n, torch.tensor(list(cells), dtype=torch.int64)).tolist() == sorted({*range(n)} - cells)
 
 
 @given(cells=st.lists(st.integers(0, 9) | st.integers(0, 2**62)))

@@ -47,6 +47,21 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual.cpu(), expected.to(actual.dtype).cpu(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("by_input", [pattern._counted_by_input, pattern._sorted_by_input])
+@on_every_shape
+def test_connections_by_input_are_those_of_the_transposed_dense_matrix(
+    n_out: int, n_in: int, density: float, by_input: Any
+) -> None:
+    matrix = matrix_of(n_out, n_in, density)
+    csr = matrix.to_sparse_csr()
+    ccol_indices, row_indices, order = by_input(csr.crow_indices().int(), csr.col_indices().int(), n_in)
+    inputs, units = matrix.t().nonzero().unbind(1)
+    assert {part.dtype for part in (ccol_indices, row_indices, order)} == {torch.int32}
+    assert ccol_indices.tolist() == [0, *torch.bincount(inputs, minlength=n_in).cumsum(0).tolist()]
+    assert torch.equal(row_indices, units.int())
+    assert torch.equal(csr.values()[order], matrix.t()[inputs, units])
+
+
 @on_every_device
 @in_every_dtype
 @on_every_shape
@@ -178,12 +193,12 @@ def test_cells_drawn_are_free_different_ascending_and_exactly_as_many(
 ) -> None:
     occupied, n_cells, n = case
     taken = torch.tensor(occupied, dtype=torch.int64)
-    drawn = draw_cells(taken, n_cells, n, torch.Generator().manual_seed(seed))
+    drawn = draw_cells(taken, n_cells, n, torch.Generator().manual_seed(seed)).cells
     assert drawn.dtype == torch.int64
     assert len(drawn) == n
     assert drawn.tolist() == sorted(set(drawn.tolist()) - set(occupied))
     assert all(0 <= cell < n_cells for cell in drawn.tolist())
-    assert torch.equal(drawn, draw_cells(taken, n_cells, n, torch.Generator().manual_seed(seed)))
+    assert torch.equal(drawn, draw_cells(taken, n_cells, n, torch.Generator().manual_seed(seed)).cells)
 
 
 @given(case=cells(), data=st.data())
@@ -192,7 +207,8 @@ def test_free_cells_equal_a_loop_over_all_cells(case: tuple[list[int], int, int]
     free = [cell for cell in range(n_cells) if cell not in occupied]
     ranks = data.draw(st.lists(st.integers(0, max(0, len(free) - 1)), max_size=10 if free else 0).map(sorted))
     found = free_cells(torch.tensor(occupied, dtype=torch.int64), torch.tensor(ranks, dtype=torch.int64))
-    assert found.tolist() == [free[rank] for rank in ranks]
+    assert found.cells.tolist() == [free[rank] for rank in ranks]
+    assert found.n_before.tolist() == [sum(other < free[rank] for other in occupied) for rank in ranks]
 
 
 @pytest.mark.parametrize(("n", "allowed"), [(3, 2), (-1, 2)])
@@ -203,8 +219,8 @@ def test_more_cells_than_are_free_raise(n: int, allowed: int) -> None:
 
 def test_a_grid_of_more_than_2_to_the_31_cells_is_drawn_from_end_to_end() -> None:
     n_cells = 10**12
-    occupied = draw_cells(torch.empty(0, dtype=torch.int64), n_cells, 10_000)
-    drawn = draw_cells(occupied, n_cells, 10_000)
+    occupied = draw_cells(torch.empty(0, dtype=torch.int64), n_cells, 10_000).cells
+    drawn = draw_cells(occupied, n_cells, 10_000).cells
     assert not set(drawn.tolist()) & set(occupied.tolist())
     for found in (occupied, drawn):
         assert scipy.stats.kstest(found.numpy() / n_cells, "uniform").pvalue > 1e-3
@@ -219,7 +235,7 @@ def test_every_free_cell_is_drawn_as_often(n_cells: int, n_occupied: int, n: int
     occupied = torch.randperm(n_cells, generator=generator)[:n_occupied].sort().values
     counts = torch.zeros(n_cells)
     for _ in range(3000):
-        counts[draw_cells(occupied, n_cells, n, generator)] += 1
+        counts[draw_cells(occupied, n_cells, n, generator).cells] += 1
     free = torch.ones(n_cells, dtype=torch.bool)
     free[occupied] = False
     assert int(counts[occupied].sum()) == 0
@@ -233,7 +249,7 @@ def test_every_set_of_free_cells_is_drawn_as_often(n_free: int, n: int) -> None:
     n_cells = n_free + len(occupied)
     counts: dict[Any, int] = {}
     for _ in range(20 * math.comb(n_free, n)):
-        drawn = tuple(draw_cells(occupied, n_cells, n, generator).tolist())
+        drawn = tuple(draw_cells(occupied, n_cells, n, generator).cells.tolist())
         counts[drawn] = counts.get(drawn, 0) + 1
     free = sorted(set(range(n_cells)) - set(occupied.tolist()))
     observed = [counts.pop(subset, 0) for subset in itertools.combinations(free, n)]

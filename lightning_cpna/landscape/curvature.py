@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from lightning_cpna.landscape.surface import LossSurface
@@ -243,7 +244,6 @@ def top_eigenvalues(
 
     Raises:
         ValueError: If k is out of range.
-        ImportError: If scipy is not installed.
         scipy.sparse.linalg.ArpackNoConvergence: If they are not found in ten steps a coordinate.
 
     Examples:
@@ -253,11 +253,6 @@ def top_eigenvalues(
         >>> top_eigenvalues(surface, k=2).round(decimals=6)
         tensor([9., 4.], dtype=torch.float64)
     """
-    try:
-        from scipy.sparse.linalg import LinearOperator, eigsh
-    except ImportError as error:
-        raise ImportError("top_eigenvalues needs scipy: pip install 'lightning-cpna[analysis]'") from error
-
     if type(k) is not int or not 1 <= k < surface.n:
         raise ValueError(f"k is {k!r}; allowed is an int from 1 to {surface.n - 1}")
     point = surface.point() if point is None else point
