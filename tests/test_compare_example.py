@@ -84,8 +84,9 @@ def test_trials_are_the_same_for_all_problems_and_the_best_on_what_is_held_out_i
             few = 1 if len(from_space) == 6 else 2  # a value's share of five strata can touch a stratum at either side
             assert all(abs(counts[json.dumps(value)] - len(from_space) / len(values)) < few for value in values), name
         for trial, one in enumerate(drawn):
-            half = {"steps": one["steps"] // 2} if "steps" in one else {}
-            assert compare.drawn("car", method, trial, 6) == one | half
+            for problem, part in (("car", 2), ("madelon", 2), ("Yale", 8)):
+                fewer = {"steps": one["steps"] // part} if "steps" in one else {}
+                assert compare.drawn(problem, method, trial, 6) == one | fewer
     rows = [
         {"problem": "a", "method": "m", "validation": value, "settings": settings}
         for value, settings in ((1.0, "x"), (5.0, "y"), (2.0, "z"), (1.0, "x"), (0.0, "y"), (4.0, "z"))

@@ -22,7 +22,7 @@ from examples.arguments import run_sweep
 from examples.command import finish, parse
 from examples.compare.methods import OTHERS, Fitted, Settings
 from examples.compare.networks import DENSE, OURS
-from examples.compare.problems import SEARCHED, XOR, held_out, load, present
+from examples.compare.problems import SEARCHED, XOR, held_out, load, present, share_of_steps
 from examples.data import Split
 from examples.results import Row, counted, mean_and_spread
 from lightning_cpna.sweeps import save_rows
@@ -58,7 +58,7 @@ def measure(fitted: Fitted, split: Split) -> float:
 def drawn(problem: str, method: str, trial: int, n_trials: int) -> Settings:
     """Return the settings of a trial, of a Latin hypercube: every value of a setting is tried about as often.
 
-    They are the same trials for every data set, but networks make half as many steps on real ones. A space with few values
+    They are the same trials for every data set, but for the steps of networks, see `share_of_steps`. A space with few values
     has the same settings several times. Where a method has defaults, they are the first trial.
     """
     space, defaults = METHODS[method].space, METHODS[method].defaults
@@ -69,8 +69,8 @@ def drawn(problem: str, method: str, trial: int, n_trials: int) -> Settings:
     settings = {
         name: values[int(place * len(values))] for (name, values), place in zip(space.items(), places, strict=True)
     }
-    if "steps" in settings and problem not in XOR:
-        settings["steps"] //= 2
+    if "steps" in settings:
+        settings["steps"] = int(settings["steps"] * share_of_steps(problem))
     return settings
 
 

@@ -23,7 +23,8 @@ from examples.data import Split
 
 Settings = dict[str, Any]
 FREE = 100.0  # chosen: so large that the intercept of a logistic regression is hardly penalised
-PATH = 1.1  # chosen: with the default, 1.02, a fit to 10,000 features takes half an hour
+PATH, WIDE_PATH = 1.1, 1.3  # chosen: with the default, 1.02, a fit to 10,000 features takes half an hour
+WIDE = 3000  # features
 PATH_START = 0.1  # all features are in use there; the default searches for it, up to 10,000 times
 
 
@@ -179,8 +180,9 @@ def lassonet(settings: Settings, train: Split, n_classes: int, seed: int) -> Fit
     x, x_held, y, y_held = train_test_split(
         train.x.numpy(), train.y.numpy(), test_size=0.2, random_state=seed, stratify=train.y.numpy()
     )
+    multiplier = WIDE_PATH if x.shape[1] > WIDE else PATH
     model = LassoNetClassifier(
-        hidden_dims=(settings["hidden"],), M=settings["M"], path_multiplier=PATH,
+        hidden_dims=(settings["hidden"],), M=settings["M"], path_multiplier=multiplier,
         lambda_start=PATH_START, random_state=seed, torch_seed=seed, verbose=0,
     )  # fmt: skip
     path = model.path(x, y, X_val=x_held, y_val=y_held, return_state_dicts=True)

@@ -23,7 +23,13 @@ from lightning_cpna.targets import axes_of
 
 LATE_DECAY = 1e-4  # chosen on XOR: what is left late must fit more than it must shrink
 REWIRINGS = 100  # chosen: of a run
-STEPS = [1000, 4000, 12000]  # on real sets half as many
+STEPS = [1000, 4000, 12000]  # of which real sets get a part
+MOST_WEIGHTS = 2**20  # chosen: that a hidden layer has, or a fit to 10,000 features takes ten minutes
+
+
+def _width(hidden: int, n_features: int) -> int:
+    """Let a wide table have fewer hidden units."""
+    return min(hidden, MOST_WEIGHTS // n_features)
 
 
 def _epochs(steps: float, n: int, batch_size: int) -> int:
@@ -71,7 +77,7 @@ def dense(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted
     """Train a dense network."""
     pl.seed_everything(seed, verbose=False)
     n, p = train.x.shape
-    module = Dropping(p, n_classes, settings["hidden"], settings["dropout"])
+    module = Dropping(p, n_classes, _width(settings["hidden"], p), settings["dropout"])
     size, lr, decay = settings["batch_size"], settings["lr"], settings["weight_decay"]
     recipe: Recipe = [
         (Phase(_epochs(settings["steps"] * 2 / 3, n, size), size, lr, decay), None),
@@ -105,7 +111,7 @@ def cpna(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
         (phase(0.25, lr, LATE_DECAY), inputs(n_in, exponent=0 if by_features else 8)),
         (phase(0.15, lr, LATE_DECAY / 10, lr / 100), None),
     ]
-    module = Classifier(p, n_classes, settings["hidden"])
+    module = Classifier(p, n_classes, _width(settings["hidden"], p))
     _train(module, train, recipe, seed, callbacks(recipe, n, shrink=True))
     return _fitted(module)
 
@@ -116,7 +122,7 @@ def restarts(settings: Settings, train: Split, n_classes: int, seed: int) -> Fit
     counts = sorted({min(count, p - 1) for count in (settings["most"], settings["most"] // 2, settings["most"] // 4)})
     subset = max(counts[-1] + 1, round(settings["fraction"] * p))
     plan = Restarts(settings["tries"], subset, batch_size=settings["batch_size"])
-    network = partial(Classifier, n_classes=n_classes, hidden=256, lr=settings["lr"])
+    network = partial(Classifier, n_classes=n_classes, hidden=_width(256, p), lr=settings["lr"])
     trainer, quiet = partial(pl.Trainer, accelerator="cpu"), Console(quiet=True)
     found = find_features(network, trainer, *train, counts, restarts=plan, seed=seed, console=quiet)
     places = torch.tensor(found.features)
