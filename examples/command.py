@@ -23,7 +23,7 @@ def parse(
     sizes: dict[str, str] | None = None,
     seeds: int | None = None,
     data: bool = False,
-    problems: Callable[[Path | None], list[str]] | None = None,
+    problems: Callable[[Path | None], dict[str, bool]] | None = None,
 ) -> argparse.Namespace:
     """Read the command line.
 
@@ -34,7 +34,7 @@ def parse(
         sizes: As in `add_sizes`, if there are sizes.
         seeds: How many seeds are the default, if that can be chosen.
         data: Whether there is a data folder.
-        problems: From the data folder to the names of what can be chosen, if something can.
+        problems: From the data folder to whether each problem can be had, by name, if one can choose.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     if sizes is not None:
@@ -52,11 +52,12 @@ def parse(
     parser.add_argument("--page", type=Path, help="a file with the marks of the table")
     args = parser.parse_args(arguments)
     if problems is not None:
-        known = problems(args.data)
-        args.problems = args.problems or known
-        if unknown := [name for name in args.problems if name not in known]:
-            why = "its file was not found" if unknown[0] in problems(None) else f"allowed are {', '.join(known)}"
-            parser.error(f"argument --problems: {unknown[0]!r}: {why}")
+        is_here = problems(args.data)
+        present = [name for name in is_here if is_here[name]]
+        args.problems = args.problems or present
+        if absent := [name for name in args.problems if name not in present]:
+            why = "its file was not found" if absent[0] in is_here else f"allowed are {', '.join(present)}"
+            parser.error(f"argument --problems: {absent[0]!r}: {why}")
     args.is_quick = sizes is not None and args.size == "quick"
     if args.page:
         if args.is_quick:

@@ -94,6 +94,18 @@ def test_trials_are_the_same_for_all_problems_and_the_best_on_what_is_held_out_i
     assert compare.best(rows) == {("a", "m"): "z"}
 
 
+@pytest.mark.parametrize(
+    ("name", "why"), [("Yale", "'Yale': its file was not found"), ("yale", "'yale': allowed are 3-D XOR p=60,")]
+)
+def test_a_problem_that_cannot_be_had_is_an_error(
+    name: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LIGHTNING_CPNA_DATA", str(tmp_path))
+    with pytest.raises(SystemExit):
+        compare.main(["--problems", name, "--out", str(tmp_path)])
+    assert why in capsys.readouterr().err
+
+
 def test_what_is_held_out_is_a_quarter_of_each_class() -> None:
     train, held = held_out(blobs(), 0)
     assert (len(train.y), len(held.y)) == (90, 30)

@@ -106,6 +106,6 @@ MANY_ROWS = ("PCMAC", "gisette", "madelon", "RELATHE")  # of the ASU sets; the o
 XOR = {"3-D XOR p=60": (3, 60), "4-D XOR p=40": (4, 40), "5-D XOR p=20": (5, 20)}
 
 
-def present(folder: Path | None) -> list[str]:
-    """List the problems whose data can be had."""
-    return [*XOR, *(name for name in ASU if is_here(name, folder)), *FILES]
+def present(folder: Path | None) -> dict[str, bool]:
+    """Tell of every problem whether its data can be had."""
+    return dict.fromkeys(XOR, True) | {name: is_here(name, folder) for name in ASU} | dict.fromkeys(FILES, True)
