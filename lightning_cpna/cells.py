@@ -35,14 +35,13 @@ def count_true(where: Tensor) -> int:
     return int(np.count_nonzero(where.numpy()) if where.is_cpu else where.sum())
 
 
-def between(values: Tensor, low: float, high: float) -> Tensor:
-    """Mark the values that are from ``low`` to ``high``, in float32 or better, as a bool tensor.
+def within(values: Tensor, low: float, high: float) -> Tensor:
+    """Mark the values, in float32 or better and without gradients, that are from ``low`` to ``high``, as a bool tensor.
 
     Examples:
-        >>> between(torch.tensor([0.1, 0.5, 0.9]), 0.5, 2)
+        >>> within(torch.tensor([0.1, 0.5, 0.9]), 0.5, 2)
         tensor([False,  True,  True])
     """
-    values = wide(values)
     if not values.is_cpu:
         return (values >= low) & (values <= high)
     array = values.numpy()

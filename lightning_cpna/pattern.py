@@ -193,11 +193,11 @@ def rows_of(starts: Tensor, n: int) -> Tensor:
 
 
 def of_rows(values: Tensor, starts: Tensor, n: int) -> Tensor:
-    """Return the value of the row that each of ``n`` connections is in, given one for each row.
+    """Return the value of the row that each of ``n`` connections is in, given one for each row, ints.
 
     Examples:
-        >>> of_rows(torch.tensor([0.5, 0.6, 0.7]), torch.tensor([0, 2, 2, 3]), 3)
-        tensor([0.5000, 0.5000, 0.7000])
+        >>> of_rows(torch.tensor([5, 6, 7]), torch.tensor([0, 2, 2, 3]), 3)
+        tensor([5, 5, 7])
     """
     counts = starts.diff()
     if values.is_cpu:

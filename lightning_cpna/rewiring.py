@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_cpna.cells import between, cells_of, count_true, distinct, others, pick, put_cells_, together, wide
+from lightning_cpna.cells import cells_of, count_true, distinct, others, pick, put_cells_, together, wide, within
 from lightning_cpna.draws import draw_cells
 from lightning_cpna.growth import Factors, check_zeta
 from lightning_cpna.mask import ListMask
@@ -62,19 +62,19 @@ def weakest(weights: Tensor, zeta: float, generator: torch.Generator | None = No
     if not all(math.isfinite(edge) for edge in torch.aminmax(weights)):
         n_bad = len(weights) - count_true(torch.isfinite(weights))
         raise ValueError(f"{n_bad} of {len(weights)} weights are not finite; which are the weakest would be arbitrary")
-    zeros = cells_of(between(weights, 0, 0))
+    zeros = cells_of(within(weights, 0, 0))
     n_zero, n_gone = len(zeros), math.floor(zeta * len(weights) + 1e-9)
     if n_zero > n_gone:
         zeros = zeros[torch.randperm(n_zero, generator=generator)[:n_gone].sort().values.to(zeros.device)]
         rest = 0.0
     else:
         rest = (zeta * len(weights) - n_zero) / max(1, len(weights) - n_zero)
-    n_negative = count_true(between(weights, -math.inf, 0)) - n_zero
+    n_negative = count_true(within(weights, -math.inf, 0)) - n_zero
     n_low = math.floor(rest * n_negative + 1e-9)
     n_high = math.floor(rest * (len(weights) - n_zero - n_negative) + 1e-9)
     low = float(nth_of(weights[None], n_negative - n_low)) if n_low else 0.0
     high = float(nth_of(weights[None], n_negative + n_zero + n_high - 1)) if n_high else 0.0
-    gone = between(weights, low, high)
+    gone = within(weights, low, high)
     if count_true(gone) > len(zeros) + n_low + n_high:
         gone &= weights != 0
         gone[zeros] = True
@@ -94,7 +94,7 @@ def rewire_(
     gradient: Tensor | Sequence[Factors] | None = None,
     optimizers: Iterable[Optimizer] = (),
     generator: torch.Generator | None = None,
-    agree: Callable[[Decision], Decision] = lambda decision: decision,
+    agree: Callable[[Decision], Decision] | None = None,
 ) -> int:
     """Let the weakest connections of a layer go and as many others come, in place.
 
@@ -111,7 +111,7 @@ def rewire_(
             random ones do.
         optimizers: Where the moments are.
         generator: For what is drawn; a CPU generator, None is torch's global one.
-        agree: Given the decision, answers the one that every process takes.
+        agree: Given the decision, answers the one that every process takes; None: there is only one process.
 
     Returns:
         How many were exchanged.
@@ -161,11 +161,15 @@ def rewire_(
     values = torch.zeros(len(dying), dtype=torch.float64)
     if std:
         values = torch.randn(len(dying), generator=generator).double() * std
-    own = Decision(dying, born, values)
-    dying, born, values = agreed = agree(own)
+    if agree is not None:
+        dying, born, values = agree(Decision(dying, born, values))
+        places = None
     if isinstance(axes, ListedAxes) and isinstance(mask, ListMask):
         dead = axes.layer.cells[mask.dead] if rests else None
-        axes.layer.rewire_(dying, born, values, optimizers, places if agreed is own else None)
+        if places is None:
+            axes.layer.rewire_(dying, born, values, optimizers)
+        else:
+            axes.layer.exchange_(dying, born, places, values, optimizers)
         if dead is not None:
             mask.follow_(torch.searchsorted(axes.layer.cells, dead))
     else:
@@ -228,7 +232,7 @@ class _Flat:
         return self.n_cells - len(self.taken)
 
     def draw(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
-        """Draw free cells; return them, and where they will be in the list of all, if there is one and it is known."""
+        """Draw free cells; return them, and where they will be in the layer's list, None if that is not known."""
         return draw_cells(self.taken, self.n_cells, n, generator).cells, None
 
     def best(self, gradient: Tensor | Sequence[Factors], n: int) -> Tensor:
@@ -271,8 +275,9 @@ class _Grid(_Flat):
 
     def draw(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
         cells, n_before = draw_cells(self.taken, self.n_cells, n, generator)
-        all_stay = self.is_whole and not len(self.mask.cells)  # what is taken
-        return self._cells(cells), n_before.add_(torch.arange(n, device=cells.device)) if all_stay else None
+        if self.is_whole and not len(self.mask.cells):  # what is taken is what stays in the list
+            return cells, n_before.add_(torch.arange(n, device=cells.device))
+        return self._cells(cells), None
 
     def best(self, gradient: Tensor | Sequence[Factors], n: int) -> Tensor:
         """Find the largest gradients a block of units at a time."""

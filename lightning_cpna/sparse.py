@@ -332,7 +332,7 @@ class SparseLinear(nn.Module):
         )
 
     def set_pattern_(self, out_features: int, in_features: int, crow_indices: Tensor, col_indices: Tensor) -> None:
-        """Set the widths and which connections there are; the values and the bias are left to you."""
+        """Set the widths and which connections there are, unchecked; the values and the bias are left to you."""
         self.out_features, self.in_features = out_features, in_features
         self.shape.copy_(torch.tensor([out_features, in_features]))
         self._set_indices(crow_indices, col_indices)
@@ -344,7 +344,6 @@ class SparseLinear(nn.Module):
         cells: Tensor,
         values: Tensor,
         optimizers: Iterable[Optimizer] = (),
-        places: Tensor | None = None,
     ) -> None:
         """Put other connections in the place of as many; their moments are zero, those of all others go with them.
 
@@ -353,22 +352,42 @@ class SparseLinear(nn.Module):
             cells: Which come, ascending, int64 ``(n,)``; none of them stays anyway.
             values: Their values, ``(n,)``.
             optimizers: Where the moments are.
-            places: Where in ``weight`` they will be, int64 ``(n,)``, if that is known.
 
         Raises:
-            ValueError: If not as many come as go, they are not ascending, or one is there, or beyond the layer.
+            ValueError: If not as many come as go, or what comes or goes is not ascending, or beyond the layer, or one that
+                comes is there.
         """
         if len(dying) != len(cells):
             raise ValueError(f"cells has {len(cells)} connections; allowed is as many as die, {len(dying)}")
         self._check_cells(cells)
-        self._set_indices(*self._exchange(dying, cells, values, optimizers, places))
+        n = len(self.weight)
+        if len(dying) and not (int(dying[0]) >= 0 and int(dying[-1]) < n and _is_ascending(dying)):
+            raise ValueError(f"dying is {dying}; allowed are places from 0 to {n - 1}, ascending")
+        self.exchange_(dying, cells, self._places(dying, cells), values, optimizers)
 
-    def _exchange(
-        self, dying: Tensor, cells: Tensor, values: Tensor, optimizers: Iterable[Optimizer], places: Tensor | None
+    @torch.no_grad()
+    def exchange_(
+        self, dying: Tensor, cells: Tensor, places: Tensor, values: Tensor, optimizers: Iterable[Optimizer] = ()
+    ) -> None:
+        """Do what ``rewire_`` does where it is known, and not checked, that all is right.
+
+        Args:
+            dying: As there, as are the following.
+            cells: See there.
+            places: Where in ``weight`` the connections that come will be, ascending, int64 ``(n,)``.
+            values: See there.
+            optimizers: See there.
+        """
+        self._set_indices(*self._moved(dying, cells, places, values, optimizers))
+
+    def _moved(
+        self, dying: Tensor, cells: Tensor, places: Tensor, values: Tensor, optimizers: Iterable[Optimizer]
     ) -> tuple[Tensor, Tensor]:
-        """Put values and moments where they will be; return the indices. What it lists meanwhile is freed when it returns."""
+        """Put values and moments where they will be; return ``crow_indices`` and ``col_indices``.
+
+        What it lists meanwhile is freed when it returns.
+        """
         staying = others(len(self.weight), dying)
-        places = self._places(staying, cells) if places is None else places
         places_of_staying = others(len(self.weight), places)
 
         def moved(old: Tensor, born: Tensor) -> Tensor:
@@ -388,9 +407,9 @@ class SparseLinear(nn.Module):
     def _counts(self, units: Tensor) -> Tensor:
         return torch.bincount(units, minlength=self.out_features)
 
-    def _places(self, staying: Tensor, cells: Tensor) -> Tensor:
+    def _places(self, dying: Tensor, cells: Tensor) -> Tensor:
         """Find where cells will be among those that stay; refuse one that does."""
-        kept = self.cells.index_select(0, staying)
+        kept = self.cells.index_select(0, others(len(self.weight), dying))
         n_before = n_up_to(kept, cells)
         last_before = torch.cat([kept.new_full((1,), -1), kept]).index_select(0, n_before)
         if bool((last_before == cells).any()):

@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch
 import pytest
 import pytorch_lightning as pl
+import scipy.stats
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -213,10 +214,9 @@ on_every_device = pytest.mark.parametrize("device", DEVICES)
 
 def p_of_uniform(counts: Tensor, n_drawn: int, n_rounds: int) -> float:
     """Return the p-value of how often each cell came, if every round draws some, uniformly, each at most once."""
-    stats = pytest.importorskip("scipy.stats", reason="the extra 'analysis' is not installed")
     n, expected = len(counts), n_rounds * n_drawn / len(counts)
     statistic = float((counts - expected).square().sum() / expected) * (n - 1) / (n - n_drawn)
-    return float(stats.chi2.sf(statistic, n - 1))
+    return float(scipy.stats.chi2.sf(statistic, n - 1))
 
 
 def tensorboard(folder: Path) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ from lightning_cpna.mask import ListMask
 from lightning_cpna.moments import moments_of
 from lightning_cpna.rewiring import Decision, plant_, weakest
 from tests.helpers import on_every_device, p_of_uniform
+from tests.test_sparse import assert_consistent
 
 F64 = torch.float64
 NOTHING = torch.empty(0, dtype=torch.int64)
@@ -367,6 +368,29 @@ def test_every_process_takes_the_decision_that_is_agreed_on(storage: str) -> Non
     assert rewire_(second.sparsity, "weight", 0.4, agree=lambda _: decision) == len(decision.dying)
     assert torch.equal(first.weight, second.weight)
     assert torch.equal(first.live, second.live)
+
+
+@pytest.mark.parametrize("drops", [True, False])
+@pytest.mark.parametrize("seed", range(12))
+def test_one_process_which_knows_the_places_rewires_as_several_which_look_for_them(seed: int, drops: bool) -> None:
+    layer = SparseLinear(13, 9, [0.5, 2, 5][seed % 3], dtype=[F64, torch.bfloat16][seed % 2])
+    removed = torch.rand(len(layer.weight)) < [0, 0.3][seed // 6]
+    layers = [layer, copy.deepcopy(layer)]
+    for alone, layer in enumerate(layers):
+        sparsity, optimizer = Sparsity(layer), adam(layer.parameters())
+        sparsity.drops = drops
+        sparsity.remove_("weight", removed)
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(3):
+            layer.weight.grad = torch.randn(layer.weight.shape, generator=generator).to(layer.weight)
+            optimizer.step()
+            agree = None if alone else lambda decision: decision
+            n = rewire_(sparsity, "weight", 0.6, std=1.0, optimizers=[optimizer], generator=generator, agree=agree)
+            assert n > 0
+            assert_consistent(layer)
+        layer.register_buffer("momentum", optimizer.state[layer.weight]["exp_avg"])
+    states = [layer.state_dict() for layer in layers]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
 @pytest.mark.parametrize("growth", ["random", "gradient"])

@@ -387,21 +387,25 @@ def test_rewiring_a_layer_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cells", "message"),
+    ("dying", "cells", "message"),
     [
-        ([2], "cells has 1 connections; allowed is as many as die, 2"),
-        ([3, 7], "cells: one of them is there already; allowed are others"),
-        ([7, 2], "cells are not ascending; allowed is each connection once, in order"),
-        ([7, 7], "cells are not ascending; allowed is each connection once, in order"),
-        ([2, 9], "cells reach from 2 to 9; allowed is 0 to 8"),
-        ([-1, 2], "cells reach from -1 to 2; allowed is 0 to 8"),
+        ([0, 2], [2], "cells has 1 connections; allowed is as many as die, 2"),
+        ([0, 2], [3, 7], "cells: one of them is there already; allowed are others"),
+        ([0, 2], [7, 2], "cells are not ascending; allowed is each connection once, in order"),
+        ([0, 2], [7, 7], "cells are not ascending; allowed is each connection once, in order"),
+        ([0, 2], [2, 9], "cells reach from 2 to 9; allowed is 0 to 8"),
+        ([0, 2], [-1, 2], "cells reach from -1 to 2; allowed is 0 to 8"),
+        ([2, 2], [2, 7], r"dying is tensor\(\[2, 2\]\); allowed are places from 0 to 3, ascending"),
+        ([2, 0], [2, 7], r"dying is tensor\(\[2, 0\]\); allowed are places from 0 to 3, ascending"),
+        ([2, 4], [2, 7], r"dying is tensor\(\[2, 4\]\); allowed are places from 0 to 3, ascending"),
+        ([-1, 2], [2, 7], r"dying is tensor\(\[-1,  2\]\); allowed are places from 0 to 3, ascending"),
     ],
 )
-def test_a_rewiring_that_is_refused_changes_nothing(cells: list[int], message: str) -> None:
+def test_a_rewiring_that_is_refused_changes_nothing(dying: list[int], cells: list[int], message: str) -> None:
     layer = SparseLinear.from_cells(torch.tensor([1, 3, 4, 8]), torch.tensor([1.0, 2.0, 3.0, 4.0]), None, 3, 3)
     before = state_of(layer)
     with pytest.raises(ValueError, match=message):
-        layer.rewire_(torch.tensor([0, 2]), torch.tensor(cells), torch.zeros(len(cells)))
+        layer.rewire_(torch.tensor(dying), torch.tensor(cells), torch.zeros(len(cells)))
     assert same(state_of(layer), before)
 
 

@@ -22,7 +22,7 @@ from lightning_cpna import Geometric, Growth, NeuronPruning, Restarts, SETRewiri
 from lightning_cpna.targets import axes_of
 
 LATE_DECAY = 1e-4  # chosen on XOR: what is left late must fit more than it must shrink
-REWIRINGS = 100  # chosen: of a run
+REWIRINGS, APART = 100, 5  # chosen: of a run, and how many steps a new connection has at least before the next
 STEPS = [1000, 4000, 12000]  # of which real sets get a part
 MOST_WEIGHTS = 2**20  # chosen: that a hidden layer has, or a fit to 10,000 features takes ten minutes
 
@@ -122,7 +122,7 @@ def restarts(settings: Settings, train: Split, n_classes: int, seed: int) -> Fit
     counts = sorted({min(count, p - 1) for count in (settings["most"], settings["most"] // 2, settings["most"] // 4)})
     subset = max(counts[-1] + 1, round(settings["fraction"] * p))
     plan = Restarts(settings["tries"], subset, batch_size=settings["batch_size"])
-    network = partial(Classifier, n_classes=n_classes, hidden=_width(256, p), lr=settings["lr"])
+    network = partial(Classifier, n_classes=n_classes, hidden=_width(256, subset), lr=settings["lr"])
     trainer, quiet = partial(pl.Trainer, accelerator="cpu"), Console(quiet=True)
     found = find_features(network, trainer, *train, counts, restarts=plan, seed=seed, console=quiet)
     places = torch.tensor(found.features)
@@ -175,7 +175,7 @@ def evolved(settings: Settings, train: Split, n_classes: int, seed: int, *, neur
     n, p = train.x.shape
     hidden = ["net.1.weight", "net.3.weight"]
     module = SparseMLP(p, n_classes, settings)
-    every = settings["steps"] // REWIRINGS
+    every = max(APART, settings["steps"] // REWIRINGS)
     pruning: list[Any] = [SETRewiring(hidden, zeta=0.3, growth=Growth("random"), every=every)]
     if neurons:
         schedule, remain = Geometric(0.1, 0.5, every), dict.fromkeys(hidden, 0.2)

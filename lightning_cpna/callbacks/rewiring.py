@@ -357,6 +357,7 @@ class SETRewiring(SparsityCallback):
 
     def _rewire(self, fit: Fit) -> None:
         zeta = float(self.zeta(self._step, _n_steps(fit.trainer)) if isinstance(self.zeta, Decay) else self.zeta)
+        agree = partial(broadcast, fit.trainer) if fit.trainer.world_size > 1 else None
         exchanged = 0
         if zeta == 0:  # a Decay has ended
             self._gradients, self._last = {}, (zeta, 0)
@@ -378,7 +379,7 @@ class SETRewiring(SparsityCallback):
                     gradient=self._gradients.get(name),
                     optimizers=fit.optimizers,
                     generator=self._generator,
-                    agree=partial(broadcast, fit.trainer),
+                    agree=agree,
                 )
         self._gradients = {}
         self._last = (zeta, exchanged)

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from hypothesis import given
@@ -27,8 +28,6 @@ from lightning_cpna.landscape import (
 )
 from tests.helpers import on_every_device
 from tests.landscape.problems import blobs, cross_entropy, net, squares, surface, trained
-
-pytest.importorskip("scipy", reason="the extra 'analysis' is not installed")
 
 
 def dense_hessian(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -161,10 +160,9 @@ def test_measures_shares_and_traces_are_those_of_the_definition() -> None:
     assert float(torch.trapezoid(spectrum.density(places, 0.2), places)) == pytest.approx(1, abs=1e-9)
     moved = Spectrum(nodes + 0.3, spectrum.weights, 4, 0.1, True)
     assert spectrum.distance(moved) == pytest.approx(0.3)
-    stats = pytest.importorskip("scipy.stats")
     other = Spectrum(torch.randn(3, 7).double(), torch.rand(3, 7).double().softmax(1), 4, 0.1, False)
     weights = (other.weights / 3).flatten()
-    expected = stats.wasserstein_distance(nodes[0], other.nodes.flatten(), None, weights)
+    expected = scipy.stats.wasserstein_distance(nodes[0], other.nodes.flatten(), None, weights)
     assert spectrum.distance(other) == pytest.approx(expected, rel=1e-12)
     one = hessian_spectrum(surface(), probes=1)
     assert math.isnan(one.trace_error)
