@@ -20,27 +20,29 @@ class Log:
         self._trainer = trainer
         self._name = name
         self._at_target: bool | None = None
+        self._shown: dict[str, float] = {}
         self._given: dict[str, tuple[int, float]] = {}
 
     def is_due(self, at_target: bool) -> bool:
-        """Tell whether numbers are wanted after this batch, which ended with an optimizer step, or are news.
-
-        Lightning's log takes about a millisecond a number.
-        """
+        """Tell whether numbers are wanted after this batch, which ended with an optimizer step, or are news."""
         is_news, self._at_target = at_target != self._at_target, at_target
         every: int = self._trainer.log_every_n_steps  # type: ignore[attr-defined]
         n_steps = self._trainer.fit_loop.epoch_loop._batches_that_stepped + 1
         return is_news or (every > 0 and n_steps % every == 0)
 
     def show(self, pl_module: LightningModule, values: Mapping[str, float], **how: Any) -> None:
-        """Give numbers to the progress bar (the connections) and to callbacks that monitor them.
+        """Give numbers that are new to the progress bar (the connections) and to callbacks that monitor them.
 
-        The loggers are not left to Lightning: where a run is stopped it gives them what was logged last, however old.
+        Both keep what they were given, and Lightning's log takes about a millisecond a number. The loggers are not left to
+        Lightning: where a run is stopped it gives them what was logged last, however old.
         """
-        named = self._named(values)
+        news = {key: value for key, value in self._named(values).items() if self._shown.get(key) != value}
+        self._shown |= news
         connections = f"{self._name}/connections"
-        pl_module.log(connections, named.pop(connections), prog_bar=True, logger=False, **how)
-        pl_module.log_dict(named, logger=False, **how)
+        if connections in news:
+            pl_module.log(connections, news.pop(connections), prog_bar=True, logger=False, **how)
+        if news:
+            pl_module.log_dict(news, logger=False, **how)
 
     def give(self, values: Mapping[str, float], step: int) -> None:
         """Give the loggers numbers that they do not have yet."""

@@ -421,6 +421,23 @@ def test_weights_that_are_no_target_train_on() -> None:
     assert not torch.equal(before["net.0.bias"], model.net[0].bias)
 
 
+def test_monitors_are_told_once_of_counts_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, str]] = []
+    log = Classifier.log
+
+    def note(self: Classifier, name: str, value: Any, **how: Any) -> None:
+        told.append((self.global_step, name))
+        log(self, name, value, **how)
+
+    monkeypatch.setattr(Classifier, "log", note)
+    pruning = CPNAPruning({"net.0.weight": 10}, schedule=OneShot(6), normalize=False)
+    own = trainer(pruning, epochs=6)
+    own.fit(Classifier(), data())
+    names = [f"{pruning.name}/{key}" for key in ("connections", "density", "at_target")]
+    assert [told_of for told_of in told if told_of[1] in names] == [(step, name) for step in (1, 6) for name in names]
+    assert [float(own.callback_metrics[name]) for name in names] == pytest.approx([10, 10 / 96, 1])
+
+
 def test_connections_are_logged_as_they_are_at_the_end_of_every_epoch_whatever_the_logging_interval() -> None:
     seen = []
 
