@@ -18,7 +18,7 @@ pytest.importorskip("lassonet", reason="the extra 'compare' is not installed")
 from sklearn.metrics import accuracy_score, roc_auc_score
 
 from examples.compare import __main__ as compare
-from examples.compare import methods, problems
+from examples.compare import methods, networks, problems
 from examples.compare.methods import Description, Fitted
 from examples.compare.problems import held_out, load
 from examples.data import ASU, Split
@@ -58,6 +58,15 @@ def test_every_method_learns_blobs_and_says_what_it_reads(method: str) -> None:
     unread = blobs(60).x
     unread[:, [column for column in range(10) if column not in fitted.features]] = 100.0
     torch.testing.assert_close(fitted.scores(unread), scores)
+
+
+def test_a_hidden_layer_of_a_wide_table_has_few_weights_and_can_be_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networks, "MOST_WEIGHTS", 65)
+    settings = {name: SMALL.get(name, values[0]) for name, values in networks.CPNA.items()}
+    dense = networks.dense(settings | {"dropout": 0.0}, blobs(), 3, 0)
+    assert dense.parameters == 6 * (10 + 1 + 3) + 3
+    fitted = networks.cpna(settings | {"hidden": 16}, blobs(), 3, 0)  # four times its units would be more than six
+    assert 0 < fitted.parameters <= 4 * 4 + 6 + 4 * 3 + 3
 
 
 @pytest.mark.parametrize("n_classes", [2, 3])

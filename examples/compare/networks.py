@@ -100,18 +100,19 @@ def cpna(settings: Settings, train: Split, n_classes: int, seed: int) -> Fitted:
     def phase(part: float, lr: float, weight_decay: float, lr_end: float | None = None) -> Phase:
         return Phase(_epochs(part * share, n, size), size, lr, weight_decay, lr_end)
 
+    hidden = _width(settings["hidden"], p)
     recipe: Recipe = [(phase(0.15, lr, decay), None)]
     if by_features:
         recipe.append((phase(0.2, lr, decay), features(min(settings["features"], p))))
     else:  # single connections, interleaved: wide layers must not be cut to their ends at once
-        recipe.append((phase(0.15, lr / 3, LATE_DECAY), hidden_by_score(4 * n_out)))
-        recipe.append((phase(0.3, lr, decay), inputs(4 * n_in, exponent=12)))
+        recipe.append((phase(0.15, lr / 3, LATE_DECAY), hidden_by_score(min(4 * n_out, hidden * n_classes))))
+        recipe.append((phase(0.3, lr, decay), inputs(min(4 * n_in, hidden * p), exponent=12)))
     recipe += [
         (phase(0.25, lr / 3, LATE_DECAY), hidden_by_score(n_out)),
         (phase(0.25, lr, LATE_DECAY), inputs(n_in, exponent=0 if by_features else 8)),
         (phase(0.15, lr, LATE_DECAY / 10, lr / 100), None),
     ]
-    module = Classifier(p, n_classes, _width(settings["hidden"], p))
+    module = Classifier(p, n_classes, hidden)
     _train(module, train, recipe, seed, callbacks(recipe, n, shrink=True))
     return _fitted(module)
 
