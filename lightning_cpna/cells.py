@@ -6,6 +6,7 @@ On the CPU nearly all of it goes through NumPy, 1.5 to 15 times faster than torc
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import torch
@@ -88,14 +89,14 @@ def pick(values: Tensor, where: Tensor) -> Tensor:
     return values.index_select(0, cells_of(where))
 
 
-def distinct(cells: Tensor) -> Tensor:
-    """Return cells, int64 ``(n,)``, ascending and each once.
+def distinct(cells: Tensor, kind: Literal["quicksort", "stable"] = "quicksort") -> Tensor:
+    """Return cells, int64 ``(n,)``, ascending and each once; ``kind`` is NumPy's way to sort on the CPU.
 
     Examples:
         >>> distinct(torch.tensor([7, 2, 7]))
         tensor([2, 7])
     """
-    ascending = torch.from_numpy(np.sort(cells.numpy())) if cells.is_cpu else cells.sort().values
+    ascending = torch.from_numpy(np.sort(cells.numpy(), kind=kind)) if cells.is_cpu else cells.sort().values
     once: Tensor = torch.unique_consecutive(ascending)
     return once
 
@@ -107,10 +108,7 @@ def together(first: Tensor, second: Tensor) -> Tensor:
         >>> together(torch.tensor([2, 7]), torch.tensor([3, 7]))
         tensor([2, 3, 7])
     """
-    both = torch.cat([first, second])
-    stable = torch.from_numpy(np.sort(both.numpy(), kind="stable")) if both.is_cpu else both.sort().values
-    once: Tensor = torch.unique_consecutive(stable)  # sorted stably, as NumPy sees that there are two ascending runs
-    return once
+    return distinct(torch.cat([first, second]), "stable")  # which sees that there are two ascending runs
 
 
 def n_up_to(ascending: Tensor, values: Tensor) -> Tensor:

@@ -210,9 +210,7 @@ def plant_(
     mask, parameter = sparsity.masks[name], sparsity.targets[name].parameter
     nothing = torch.empty(0, dtype=torch.int64, device=parameter.device)
     live = agree(draw_cells(nothing, parameter.numel(), n, generator).cells).to(parameter.device)
-    resting = torch.ones(parameter.numel(), dtype=torch.bool, device=parameter.device)
-    resting[live] = False
-    mask.move_(cells_of(resting), nothing)
+    mask.move_(others(parameter.numel(), live), nothing)
     mask.apply_(parameter)
     parameter.div_(math.sqrt(n / parameter.numel()))
 

@@ -338,13 +338,7 @@ class SparseLinear(nn.Module):
         self._set_indices(crow_indices, col_indices)
 
     @torch.no_grad()
-    def rewire_(
-        self,
-        dying: Tensor,
-        cells: Tensor,
-        values: Tensor,
-        optimizers: Iterable[Optimizer] = (),
-    ) -> None:
+    def rewire_(self, dying: Tensor, cells: Tensor, values: Tensor, optimizers: Iterable[Optimizer] = ()) -> None:
         """Put other connections in the place of as many; their moments are zero, those of all others go with them.
 
         Args:
@@ -378,9 +372,9 @@ class SparseLinear(nn.Module):
             values: See there.
             optimizers: See there.
         """
-        self._set_indices(*self._moved(dying, cells, places, values, optimizers))
+        self._set_indices(*self._merge(dying, cells, places, values, optimizers))
 
-    def _moved(
+    def _merge(
         self, dying: Tensor, cells: Tensor, places: Tensor, values: Tensor, optimizers: Iterable[Optimizer]
     ) -> tuple[Tensor, Tensor]:
         """Put values and moments where they will be; return ``crow_indices`` and ``col_indices``.
@@ -390,19 +384,19 @@ class SparseLinear(nn.Module):
         staying = others(len(self.weight), dying)
         places_of_staying = others(len(self.weight), places)
 
-        def moved(old: Tensor, born: Tensor) -> Tensor:
+        def merged(old: Tensor, born: Tensor) -> Tensor:
             new = torch.empty_like(old).scatter_(0, places_of_staying, old.index_select(0, staying))
             return new.scatter_(0, places, born.to(old))
 
         zeros = self.weight.new_zeros(len(cells))
         gradient = [] if self.weight.grad is None else [self.weight.grad]
-        self.weight.copy_(moved(self.weight.detach(), values))
+        self.weight.copy_(merged(self.weight.detach(), values))
         for tensor in [*gradient, *(value for it in optimizers for _, value in moments_of(it, self.weight))]:
-            tensor.copy_(moved(tensor, zeros))
+            tensor.copy_(merged(tensor, zeros))
         units = divided(cells, self.in_features)
         counts = self.crow_indices.diff()
         counts += self._counts(units) - self._counts(self.units.index_select(0, dying))
-        return starts(counts), moved(self.col_indices, cells.sub(units, alpha=self.in_features))
+        return starts(counts), merged(self.col_indices, cells.sub(units, alpha=self.in_features))
 
     def _counts(self, units: Tensor) -> Tensor:
         return torch.bincount(units, minlength=self.out_features)
