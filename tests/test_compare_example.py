@@ -221,18 +221,19 @@ def test_the_tables_from_rows_made_by_hand(monkeypatch: pytest.MonkeyPatch) -> N
         for test in tests
     ]
     rows[-1] |= {"precision": 0.25, "recall": 0.5, "fit_seconds": 6.0}
-    lines = compare.table(rows).splitlines()
+    searched = [{"method": method, "seconds": 600.0} for method in ("XGBoost", "XGBoost", "SET")]
+    lines = compare.table(rows, searched).splitlines()
     assert "| a | 700 | **91.0 ± 1.4** | 90.4 ± 0.0 |" in lines
     assert "| b | 700 | **91.0 ± 1.4** | **90.5 ± 0.0** |" in lines, "what is hardly below is bold, too"
     assert "| features: precision / recall, top | b |" in lines
     assert "| SET | 4: 0.38 / 0.75, 0.75 (all in 1 of 2) |" in lines
-    assert "| XGBoost | 1.0 / 1.0 | 1 / 1 | 4 | 1,000 | 2.0 (2) | 1.5 |" in lines
-    assert "| SET | 2.0 / 2.0 | 1 / 0 | 4 | 1,000 | 3.0 (6) | 1.5 |" in lines
+    assert "| XGBoost | 1.0 / 1.0 | 1 / 1 | 4 | 1,000 | 2.0 (2) | 1.5 | 1,200 |" in lines
+    assert "| SET | 2.0 / 2.0 | 1 / 0 | 4 | 1,000 | 3.0 (6) | 1.5 | 600 |" in lines
     few = [row | {"n_test": 9, "test": 80.0 if row["method"] == "SET" else 91.0} for row in rows]
-    assert "| a | 9 | **91.0 ± 0.0** | **80.0 ± 0.0** |" in compare.table(few).splitlines(), (
+    assert "| a | 9 | **91.0 ± 0.0** | **80.0 ± 0.0** |" in compare.table(few, searched).splitlines(), (
         "one tested row is no difference"
     )
-    once = compare.table(rows[::2]).splitlines()
+    once = compare.table(rows[::2], searched).splitlines()
     assert "| a | 700 | 90.0 | 90.4 |" in once, "one split has no spread"
 
 
@@ -242,7 +243,7 @@ def test_the_page_shows_the_committed_results_of_settings_that_were_best_in_the_
         load_rows(root / "examples" / "compare" / "results" / f"{name}.csv") for name in ("compare", "search")
     )
     page = (root / "RESULTS.md").read_text()
-    assert fill(page, "examples.compare", compare.table(rows)) == page
+    assert fill(page, "examples.compare", compare.table(rows, searched)) == page
     chosen = compare.best(searched)
     assert load_rows(root / "examples" / "compare" / "results" / "chosen.csv") == compare.listed(chosen)
     assert {(row["problem"], row["method"]): row["settings"] for row in rows} == chosen

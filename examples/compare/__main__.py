@@ -161,9 +161,9 @@ def draw(rows: list[Row]) -> Figure:
     return drawn
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[Row], searched: list[Row]) -> str:
     """Return three tables in Markdown: the test results, the features where it is known which matter, and what it costs."""
-    return "\n\n".join(part for part in (_results(rows), _features(rows), _costs(rows)) if part)
+    return "\n\n".join(part for part in (_results(rows), _features(rows), _costs(rows, searched)) if part)
 
 
 def _results(rows: list[Row]) -> str:
@@ -211,12 +211,13 @@ def _features(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _costs(rows: list[Row]) -> str:
-    """Return by method its mean ranks, and medians over the problems of what it reads, holds, and takes."""
+def _costs(rows: list[Row], searched: list[Row]) -> str:
+    """Return by method its mean ranks, medians over the problems of what it reads, holds, and takes, and the whole search."""
     found = mean_and_spread(rows, ("problem", "method"), "test")
     lines = [
-        "| method | mean rank: XOR, madelon / rest | bold on | features read | parameters | fit, s (max) | predict, ms |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| method | mean rank: XOR, madelon / rest | bold on | features read | parameters | fit, s (max) | predict, ms "
+        "| search, s |",
+        "| --- |" + " ---: |" * 7,
     ]
     parts = [_problems([row for row in rows if ("recall" in row) == is_known]) for is_known in (True, False)]
     ranks = {
@@ -232,9 +233,11 @@ def _costs(rows: list[Row]) -> str:
             over = mean_and_spread([row for row in rows if row["method"] == method], ("problem",), value)
             medians[value] = median(mean for mean, _ in over.values())
         longest = max(row["fit_seconds"] for row in rows if row["method"] == method)
+        in_search = sum(row["seconds"] for row in searched if row["method"] == method)
         lines.append(
             f"| {method} | {mean_ranks} | {n_bold} | {medians['features']:,.0f} | {medians['parameters']:,.0f} "
-            f"| {medians['fit_seconds']:.1f} ({longest:.0f}) | {1000 * medians['predict_seconds']:.1f} |"
+            f"| {medians['fit_seconds']:.1f} ({longest:.0f}) | {1000 * medians['predict_seconds']:.1f} "
+            f"| {in_search:,.0f} |"
         )
     return "\n".join(lines)
 
@@ -270,7 +273,7 @@ def main(arguments: list[str] | None = None) -> None:
         for seed in range(FIRST_SEED, FIRST_SEED + (size.xor if problem in XOR else size.splits))
     ]
     rows = run_sweep(args, partial(repeat, folder=args.data), again, title="splits")
-    finish(args, "examples.compare", rows, draw(rows), table(rows))
+    finish(args, "examples.compare", rows, draw(rows), table(rows, searched))
 
 
 if __name__ == "__main__":
