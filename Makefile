@@ -21,7 +21,7 @@ test: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 20
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 test-slow: env
