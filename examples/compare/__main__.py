@@ -215,8 +215,8 @@ def _costs(rows: list[Row], searched: list[Row]) -> str:
     """Return by method its mean ranks, medians over the problems of what it reads, holds, and takes, and the whole search."""
     found = mean_and_spread(rows, ("problem", "method"), "test")
     lines = [
-        "| method | mean rank: XOR, madelon / rest | bold on | features read | parameters | fit, s (max) | predict, ms "
-        "| search, s |",
+        "| method | mean rank: XOR, madelon / rest | bold on | features read | parameters "
+        "| fit, s (max) | predict, ms | search, s |",
         "| --- |" + " ---: |" * 7,
     ]
     parts = [_problems([row for row in rows if ("recall" in row) == is_known]) for is_known in (True, False)]
