@@ -152,6 +152,13 @@ QUIET: dict[str, Any] = {
     "enable_model_summary": False,
 }
 
+
+def two_processes() -> dict[str, Any]:
+    """Return a Trainer's options for two processes: forked ones start at once, but not where CUDA is in use."""
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    return {"strategy": f"ddp_{'spawn' if torch.cuda.is_initialized() else 'fork'}", "devices": 2}
+
+
 AVERAGING: dict[str, Callable[[], pl.Callback]] = {
     "EMA": lambda: pl.callbacks.EMAWeightAveraging(decay=0.5),
     "SWA": lambda: pl.callbacks.StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=0.5),

@@ -28,7 +28,18 @@ from lightning_cpna import (
     trace,
 )
 from lightning_cpna.callbacks import NeuronPruning
-from tests.helpers import Classifier, OtherClassifier, RankSpy, Spy, checkpoint, data, mlp, trainer, weights
+from tests.helpers import (
+    Classifier,
+    OtherClassifier,
+    RankSpy,
+    Spy,
+    checkpoint,
+    data,
+    mlp,
+    trainer,
+    two_processes,
+    weights,
+)
 
 KINDS = [
     "norm", "path", "in_degree", "out_degree", "activation", "gradient", "mean_replacement", "penalty",
@@ -245,9 +256,8 @@ def test_the_trainers_of_both_packages_take_it() -> None:
 
 
 def test_two_processes_remove_the_same_units_and_add_the_same_means(tmp_path: Path) -> None:
-    torch.multiprocessing.set_sharing_strategy("file_system")
     callback = NeuronPruning({"net.0.weight": 4}, schedule=Cubic(1, 9))
-    trainer(callback, RankSpy(tmp_path), epochs=8, strategy="ddp_spawn", devices=2).fit(Classifier(), data())
+    trainer(callback, RankSpy(tmp_path), epochs=8, **two_processes()).fit(Classifier(), data())
     (masks, first), (others, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert int(masks["net.0.weight"].any(1).sum()) == 4
     for name, live in masks.items():

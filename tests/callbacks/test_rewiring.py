@@ -26,7 +26,7 @@ from lightning_cpna import (
     sparsity_of,
 )
 from lightning_cpna.callbacks.capture import is_compiled
-from tests.helpers import Classifier, OtherClassifier, RankSpy, Spy, checkpoint, data, trainer
+from tests.helpers import Classifier, OtherClassifier, RankSpy, Spy, checkpoint, data, trainer, two_processes
 
 NAMES = ["net.0.weight", "net.2.weight", "net.4.weight"]
 NOTHING = torch.empty(0, dtype=torch.int64)
@@ -286,14 +286,13 @@ def test_connections_that_cpna_removed_do_not_come_back(storage: str) -> None:
 @pytest.mark.parametrize("growth", ["random", "gradient"])
 @pytest.mark.parametrize("storage", ["sparse", "masks"])
 def test_two_processes_have_the_same_pattern(tmp_path: Path, growth: Any, storage: str) -> None:
-    torch.multiprocessing.set_sharing_strategy("file_system")
     model = Double(sparse()) if storage == "sparse" else Double(masked(sparse()).net)
     callbacks = [
         NeuronPruning(["net.0.weight"], schedule=EpochFraction(0.2, 1, 3), score="out_degree", compensate=None),
         SETRewiring(NAMES, growth=growth, epsilon=2),
         RankSpy(tmp_path),
     ]
-    trainer(*callbacks, epochs=6, strategy="ddp_spawn", devices=2).fit(model, data())
+    trainer(*callbacks, epochs=6, **two_processes()).fit(model, data())
     (_, first), (_, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name

@@ -24,7 +24,7 @@ from lightning_cpna import (
     compact,
     sparsity_of,
 )
-from tests.helpers import Classifier, Net, checkpoint, data, mlp, trainer, weights
+from tests.helpers import Classifier, Net, checkpoint, data, mlp, trainer, two_processes, weights
 
 
 class Double(Classifier):
@@ -347,17 +347,16 @@ def tied() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "options", "optimizer", "message"),
     [
-        (mlp, {"strategy": "ddp_spawn", "devices": 2}, None, "DDPStrategy trains in 2 processes"),
-        (lambda: torch.compile(mlp(), backend="eager"), {}, None, "the module is compiled"),
-        (tied, {}, None, "tied parameters; allowed is shrink=False"),
-        (mlp, {}, lambda p: torch.optim.LBFGS(p), "LBFGS is not known to work element by element"),
+        (mlp, two_processes, None, "DDPStrategy trains in 2 processes"),
+        (lambda: torch.compile(mlp(), backend="eager"), dict, None, "the module is compiled"),
+        (tied, dict, None, "tied parameters; allowed is shrink=False"),
+        (mlp, dict, lambda p: torch.optim.LBFGS(p), "LBFGS is not known to work element by element"),
     ],
 )
 def test_what_cannot_change_its_shapes_is_refused(make: Any, options: Any, optimizer: Any, message: str) -> None:
-    torch.multiprocessing.set_sharing_strategy("file_system")
     callback = NeuronPruning({"net.0.weight": 3}, schedule=OneShot(5), score="norm", compensate=None, shrink=True)
     with pytest.raises(Exception, match=message):
-        trainer(callback, **options).fit(Double(make(), optimizer), data())
+        trainer(callback, **options()).fit(Double(make(), optimizer), data())
 
 
 @pytest.mark.parametrize(

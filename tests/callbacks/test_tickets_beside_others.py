@@ -42,6 +42,7 @@ from tests.helpers import (
     mlp,
     tensorboard,
     trainer,
+    two_processes,
 )
 
 HIDDEN, LAST = "net.0.weight", "net.2.weight"
@@ -583,11 +584,10 @@ def test_a_dry_run_is_let_pass() -> None:
 
 @pytest.mark.parametrize("control", ["reinit", "shuffle"])
 def test_a_sparse_layer_is_controlled_in_two_processes(tmp_path: Path, control: Any) -> None:
-    torch.multiprocessing.set_sharing_strategy("file_system")
     torch.manual_seed(0)
     module = Classifier(nn.Sequential(SparseLinear(6, 16, 3), nn.ReLU(), nn.Linear(16, 1)))
     ticket = TicketRewind({HIDDEN: 20}, epochs=1, controls=[control])
-    trainer(ticket, RankSpy(tmp_path), epochs=3, strategy="ddp_spawn", devices=2).fit(module, data())
+    trainer(ticket, RankSpy(tmp_path), epochs=3, **two_processes()).fit(module, data())
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True)[1] for rank in (0, 1))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     assert int(first[HIDDEN].count_nonzero()) == 20

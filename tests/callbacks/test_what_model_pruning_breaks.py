@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cpna import TicketRewind, infer_masks, sparsity_of
-from tests.helpers import Classifier, RankSpy, Spy, checkpoint, data, trainer
+from tests.helpers import Classifier, RankSpy, Spy, checkpoint, data, trainer, two_processes
 
 TARGETS: dict[str, int | float] = {"net.0.weight": 24, "net.2.weight": 4}
 
@@ -112,8 +112,7 @@ class Stop(pl.Callback):
 @pytest.mark.parametrize("control", ["reinit", "shuffle"])
 def test_6_two_processes_draw_the_same_masks_and_weights(tmp_path: Path, control: Any) -> None:
     callbacks = [ticket(controls=[control]), Stop(), RankSpy(tmp_path)]
-    torch.multiprocessing.set_sharing_strategy("file_system")
-    trainer(*callbacks, epochs=6, strategy="ddp_spawn", devices=2).fit(Unseeded(), data())
+    trainer(*callbacks, epochs=6, **two_processes()).fit(Unseeded(), data())
     masks, weights = zip(*(torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)), strict=True)
     for name in TARGETS:
         assert torch.equal(masks[0][name], masks[1][name])

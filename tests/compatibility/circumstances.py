@@ -16,7 +16,17 @@ from torch import Tensor
 
 from tests.compatibility.callbacks import Config, make
 from tests.compatibility.networks import data, module
-from tests.helpers import AVERAGING, QUIET, RankSpy, checkpoint, checkpoints, live_masks, trainer, weights
+from tests.helpers import (
+    AVERAGING,
+    QUIET,
+    RankSpy,
+    checkpoint,
+    checkpoints,
+    live_masks,
+    trainer,
+    two_processes,
+    weights,
+)
 
 EPOCHS = 9
 
@@ -45,9 +55,7 @@ def outcome(trained: Any) -> Outcome:
 
 
 def ddp(network: str, configs: list[Config], folder: Path) -> Outcome:
-    torch.multiprocessing.set_sharing_strategy("file_system")
-    start = "spawn" if torch.cuda.is_initialized() else "fork"  # which is quicker, and which CUDA does not allow
-    train(module(network, pl), configs, extra=[RankSpy(folder)], strategy=f"ddp_{start}", devices=2)
+    train(module(network, pl), configs, extra=[RankSpy(folder)], **two_processes())
     (masks, first), (others, second) = (torch.load(folder / f"{rank}.pt") for rank in (0, 1))
     for name, live in masks.items():
         assert torch.equal(live, others[name])

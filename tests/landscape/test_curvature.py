@@ -182,11 +182,18 @@ def test_outliers_come_before_the_largest_ratio(values: list[float], n: int) -> 
     assert n_outliers(torch.tensor(values, dtype=torch.float64)) == n
 
 
-def test_the_error_of_the_trace_falls_as_the_root_of_the_probes() -> None:
-    spectra = [hessian_spectrum(surface(), probes=40, seed=seed) for seed in range(12)]
-    traces = torch.tensor([spectrum.trace for spectrum in spectra])
+@pytest.mark.parametrize(("probes", "repeats"), [(10, 24), (40, 6)])
+def test_the_error_of_the_trace_is_that_of_quadratic_forms_on_the_sphere(probes: int, repeats: int) -> None:
+    """A form ``v' H v`` of a random unit vector has variance ``2 |H - mean|^2 / (n (n + 2))``."""
+    found = surface(net(hidden=2))
+    values = torch.linalg.eigvalsh(hessian(found))
+    n = len(values)
+    variance = n**2 * 2 * float((values - values.mean()).square().sum()) / (n * (n + 2))
+    spectra = [hessian_spectrum(found, probes=probes, seed=seed) for seed in range(repeats)]
     errors = torch.tensor([spectrum.trace_error for spectrum in spectra])
-    assert 0.5 < float(traces.std() / errors.mean()) < 2
+    assert float(errors.square().mean()) == pytest.approx(variance / probes, rel=0.3)
+    mean = sum(spectrum.trace for spectrum in spectra) / repeats
+    assert abs(mean - float(values.sum())) < 3 * math.sqrt(variance / (probes * repeats))
 
 
 def test_the_largest_are_the_highest_and_not_the_farthest_from_zero() -> None:
