@@ -7,7 +7,7 @@ import os
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch
 import pytest
@@ -144,6 +144,12 @@ class RankSpy(pl.Callback):
         torch.save((live_masks(pl_module), weights(pl_module)), self.folder / f"{trainer.global_rank}.pt")
 
 
+def two_processes(start: Literal["fork", "spawn"] = "fork") -> dict[str, Any]:
+    """Return a Trainer's options for two processes: forked ones start at once, but not where CUDA is in use."""
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    return {"strategy": f"ddp_{'spawn' if torch.cuda.is_initialized() else start}", "devices": 2}
+
+
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "logger": False,
@@ -151,13 +157,6 @@ QUIET: dict[str, Any] = {
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
-
-
-def two_processes() -> dict[str, Any]:
-    """Return a Trainer's options for two processes: forked ones start at once, but not where CUDA is in use."""
-    torch.multiprocessing.set_sharing_strategy("file_system")
-    return {"strategy": f"ddp_{'spawn' if torch.cuda.is_initialized() else 'fork'}", "devices": 2}
-
 
 AVERAGING: dict[str, Callable[[], pl.Callback]] = {
     "EMA": lambda: pl.callbacks.EMAWeightAveraging(decay=0.5),

@@ -421,14 +421,13 @@ def test_a_model_built_in_configure_model_is_pruned() -> None:
     assert live_counts(model) == {"net.2.weight": 5, "net.0.weight": 9}
 
 
-@pytest.mark.parametrize(("score", "strategy"), [("path", "ddp_spawn"), ("random", None), ("gradient", None)])
-def test_two_processes_have_the_same_masks(tmp_path: Path, score: Any, strategy: str | None) -> None:
+@pytest.mark.parametrize(("score", "start"), [("path", "spawn"), ("random", "fork"), ("gradient", "fork")])
+def test_two_processes_have_the_same_masks(tmp_path: Path, score: Any, start: Any) -> None:
     callbacks = [
         CPNAPruning({"net.2.weight": 5}, schedule=HIDDEN, score=score, name="hidden"),
         CPNAPruning({"net.0.weight": 9}, schedule=INPUT, score=score, normalize=False, name="input"),
     ]
-    options = {**two_processes(), **({"strategy": strategy} if strategy else {})}
-    trainer(*callbacks, RankSpy(tmp_path), epochs=10, **options).fit(Classifier(), data())
+    trainer(*callbacks, RankSpy(tmp_path), epochs=10, **two_processes(start)).fit(Classifier(), data())
     (masks, first), (others, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert {name: int(live.sum()) for name, live in masks.items()} == {"net.2.weight": 5, "net.0.weight": 9}
     for name, live in masks.items():
