@@ -14,6 +14,7 @@ from torch import Tensor
 
 WIDE = (torch.float32, torch.float64)
 RARE = 0.05  # measured: where more are True, and more are False, a processor guesses a branch a cell too badly
+FEW = 4  # measured: where a list is so many times as long as what is looked up in it, a search is faster than a merge
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -120,7 +121,14 @@ def n_up_to(ascending: Tensor, values: Tensor) -> Tensor:
     """
     if not ascending.is_cpu:
         return torch.searchsorted(ascending, values, right=True)
-    return torch.from_numpy(np.searchsorted(ascending.numpy(), values.numpy(), side="right"))
+    if FEW * len(values) <= len(ascending):
+        return torch.from_numpy(np.searchsorted(ascending.numpy(), values.numpy(), side="right"))
+    merged = np.concatenate([ascending.numpy(), values.numpy()])
+    merged *= 2
+    merged[len(ascending) :] += 1  # so a value is odd, and stands behind what it equals
+    merged.sort(kind="stable")  # which sees that there are two ascending runs
+    is_value = (merged.astype(np.uint8) & 1).view(bool)
+    return torch.from_numpy(np.flatnonzero(is_value)).sub_(torch.arange(len(values)))
 
 
 def divided(cells: Tensor, n: int) -> Tensor:

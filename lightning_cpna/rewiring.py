@@ -145,7 +145,8 @@ def rewire_(
     if not len(dying):
         return 0
     if isinstance(axes, ListedAxes) and isinstance(mask, ListMask):
-        grid: _Flat = _Grid(axes, mask, dying)
+        staying = others(len(mask.dead), dying)
+        grid: _Flat = _Grid(axes, mask, staying)
     else:
         there = mask.live.flatten()
         there[dying] = False
@@ -169,7 +170,7 @@ def rewire_(
         if places is None:
             axes.layer.rewire_(dying, born, values, optimizers)
         else:
-            axes.layer.exchange_(dying, born, places, values, optimizers)
+            axes.layer.exchange_(dying, staying, born, places, values, optimizers)
         if dead is not None:
             mask.follow_(torch.searchsorted(axes.layer.cells, dead))
     else:
@@ -247,9 +248,9 @@ class _Flat:
 class _Grid(_Flat):
     """The cells of a sparse layer that are not closed, numbered one after another."""
 
-    def __init__(self, axes: ListedAxes, mask: ListMask, dying: Tensor) -> None:
+    def __init__(self, axes: ListedAxes, mask: ListMask, staying: Tensor) -> None:
         self.layer, self.mask = axes.layer, mask
-        taken = axes.layer.cells.index_select(0, others(len(mask.dead), dying))
+        taken = axes.layer.cells.index_select(0, staying)
         if len(mask.cells):
             taken = together(taken, distinct(mask.cells))
         self.units, self.inputs = cells_of(~mask.units), cells_of(~mask.inputs)

@@ -357,31 +357,44 @@ class SparseLinear(nn.Module):
         n = len(self.weight)
         if len(dying) and not (int(dying[0]) >= 0 and int(dying[-1]) < n and _is_ascending(dying)):
             raise ValueError(f"dying is {dying}; allowed are places from 0 to {n - 1}, ascending")
-        self.exchange_(dying, cells, self._places(dying, cells), values, optimizers)
+        staying = others(n, dying)
+        self.exchange_(dying, staying, cells, self._places(staying, cells), values, optimizers)
 
     @torch.no_grad()
     def exchange_(
-        self, dying: Tensor, cells: Tensor, places: Tensor, values: Tensor, optimizers: Iterable[Optimizer] = ()
+        self,
+        dying: Tensor,
+        staying: Tensor,
+        cells: Tensor,
+        places: Tensor,
+        values: Tensor,
+        optimizers: Iterable[Optimizer] = (),
     ) -> None:
         """Do what ``rewire_`` does where it is known, and not checked, that all is right.
 
         Args:
-            dying: As there, as are the following.
+            dying: As there, as are those that are not explained.
+            staying: Which stay, as ascending places in ``weight``, int64.
             cells: See there.
             places: Where in ``weight`` the connections that come will be, ascending, int64 ``(n,)``.
             values: See there.
             optimizers: See there.
         """
-        self._set_indices(*self._merge(dying, cells, places, values, optimizers))
+        self._set_indices(*self._merge(dying, staying, cells, places, values, optimizers))
 
     def _merge(
-        self, dying: Tensor, cells: Tensor, places: Tensor, values: Tensor, optimizers: Iterable[Optimizer]
+        self,
+        dying: Tensor,
+        staying: Tensor,
+        cells: Tensor,
+        places: Tensor,
+        values: Tensor,
+        optimizers: Iterable[Optimizer],
     ) -> tuple[Tensor, Tensor]:
         """Put values and moments where they will be; return ``crow_indices`` and ``col_indices``.
 
         What it lists meanwhile is freed when it returns.
         """
-        staying = others(len(self.weight), dying)
         places_of_staying = others(len(self.weight), places)
 
         def merged(old: Tensor, born: Tensor) -> Tensor:
@@ -401,9 +414,9 @@ class SparseLinear(nn.Module):
     def _counts(self, units: Tensor) -> Tensor:
         return torch.bincount(units, minlength=self.out_features)
 
-    def _places(self, dying: Tensor, cells: Tensor) -> Tensor:
+    def _places(self, staying: Tensor, cells: Tensor) -> Tensor:
         """Find where cells will be among those that stay; refuse one that does."""
-        kept = self.cells.index_select(0, others(len(self.weight), dying))
+        kept = self.cells.index_select(0, staying)
         n_before = n_up_to(kept, cells)
         last_before = torch.cat([kept.new_full((1,), -1), kept]).index_select(0, n_before)
         if bool((last_before == cells).any()):
