@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
@@ -186,6 +186,10 @@ class Sparsity:
         """Count what remains; in a stacked network, of the member with the most."""
         return max(self._counts(budget))
 
+    def n_remaining_of_each(self, budget: Budget) -> list[int]:
+        """Count what remains of each member; a network that is not stacked has one."""
+        return self._counts(budget)
+
     def live_counts(self) -> dict[str, int]:
         """Count what lives in each weight that was traced or has a mask."""
         names = dict.fromkeys((*(self.graph or ()), *self.masks))
@@ -235,7 +239,7 @@ class Sparsity:
     def prune_(
         self,
         budget: Budget,
-        n: int,
+        n: int | Sequence[int],
         score: ScoreFunction,
         *,
         optimizers: Iterable[Optimizer] = (),
@@ -246,7 +250,7 @@ class Sparsity:
 
         Args:
             budget: Which parameters, and what is counted.
-            n: How many stay, exactly (of each member).
+            n: How many stay, exactly, of each member; several numbers are one for each.
             score: Scores the connections; features and units are scored by the norm of their connections' scores.
             optimizers: Whose moments of the removed connections are set to zero.
             generator: For scores that draw.
@@ -266,7 +270,7 @@ class Sparsity:
     def prune_units_(
         self,
         budget: Budget,
-        n: int,
+        n: int | Sequence[int],
         scores: Mapping[str, Tensor],
         *,
         means: Mapping[str, Tensor] | None = None,
@@ -277,7 +281,7 @@ class Sparsity:
 
         Args:
             budget: Which layers; its granularity is "unit".
-            n: How many stay, exactly (of each member).
+            n: How many stay, exactly, of each member; several numbers are one for each.
             scores: The score of each unit, ``(member, unit)``, by weight name (from a ``UnitScore``). Where layers share the
                 budget, those of each layer are divided by their norm over the units that are left.
             means: The mean of each input of the layers that the units feed, ``(input,)``, by weight name (from
@@ -312,16 +316,14 @@ class Sparsity:
     def _keep_best_(
         self,
         budget: Budget,
-        n: int,
+        n: int | Sequence[int],
         scores: list[Tensor],
         optimizers: Iterable[Optimizer],
         agree: Callable[[Tensor], Tensor],
         means: Mapping[str, Tensor] | None = None,
     ) -> float:
         """Remove all but the ``n`` best candidates, ``(member, candidate)`` of each layer; return the lowest that stayed."""
-        if n > (remaining := self.n_remaining(budget)):
-            raise ValueError(f"n is {n}; allowed is what remains of {budget.label!r}, {remaining}, or less")
-        decision, lowest = self._keep_every_layer(budget, scores, n)
+        decision, lowest = self._decide(budget, scores, self._wanted(budget, n))
         decision = agree(decision)
         sizes = [candidates.shape[1] for candidates in scores]
         keeps = torch.split(decision, sizes, dim=1) if len(sizes) > 1 else [decision]
@@ -331,6 +333,30 @@ class Sparsity:
             else:
                 self._remove_groups_(name, ~keep, budget.granularity, optimizers, means)
         return lowest
+
+    def _wanted(self, budget: Budget, n: int | Sequence[int]) -> list[int]:
+        """Turn what should stay into one number a member; of one number, a member that has fewer keeps all."""
+        remaining = self._counts(budget)
+        if isinstance(n, int):
+            if n <= max(remaining):
+                return [min(n, own) for own in remaining]
+        elif len(n) == len(remaining) and all(wanted <= own for wanted, own in zip(n, remaining, strict=True)):
+            return list(n)
+        there = max(remaining) if isinstance(n, int) or len(remaining) == 1 else remaining
+        raise ValueError(f"n is {n}; allowed is what remains of {budget.label!r}, {there}, or less")
+
+    def _decide(self, budget: Budget, scores: list[Tensor], wanted: list[int]) -> tuple[Tensor, float]:
+        """Keep the best of each member; members that should keep as many are asked together."""
+        if len(set(wanted)) == 1:
+            return self._keep_every_layer(budget, scores, wanted[0])
+        shape = len(wanted), sum(candidates.shape[1] for candidates in scores)
+        decision, lowest = torch.empty(shape, dtype=torch.bool, device=scores[0].device), torch.inf
+        for n in set(wanted):
+            members = cells_of(torch.tensor([own == n for own in wanted], device=scores[0].device))
+            own = [candidates.index_select(0, members) for candidates in scores]
+            decision[members], lowest_of_them = self._keep_every_layer(budget, own, n)
+            lowest = min(lowest, lowest_of_them)
+        return decision, lowest
 
     def _is_listed(self, name: str, granularity: Granularity) -> bool:
         """Tell whether the candidates are the list of live connections: what is dead already then costs nothing."""
@@ -376,7 +402,7 @@ class Sparsity:
         names = ", ".join(budget.names[i] for i in empty)
         warnings.warn(
             f"the budget of {budget.label!r} would leave nothing of {names}; its best one is kept",
-            stacklevel=4,
+            stacklevel=5,
         )
         floored = rows.clone()
         for part in torch.split(floored, sizes, dim=1):
@@ -517,8 +543,13 @@ class Sparsity:
                 mask.drop_(axes)
                 axes.layer.drop_(dead, optimizers)
 
-    def remove_dead_units_(self, optimizers: Iterable[Optimizer] = ()) -> None:
-        """Remove the incoming connections of units that feed nothing, unless a budget needs them to reach its count."""
+    def remove_dead_units_(self, optimizers: Iterable[Optimizer] = (), members: Sequence[bool] | None = None) -> None:
+        """Remove the incoming connections of units that feed nothing, unless a budget needs them to reach its count.
+
+        Args:
+            optimizers: Whose moments of these connections are set to zero.
+            members: Of which members; None: of all.
+        """
         if (graph := self.graph) is None:
             return
         for name in reversed(list(graph)):
@@ -528,9 +559,13 @@ class Sparsity:
             if not bool(dead.any()):
                 continue
             self.add_mask(name)
-            where = self._spread(name, dead, "unit") & self.masks[name].live
-            budgets = [budget for budget in self.budgets if name in budget.names]
-            if bool(where.any()) and all(min(self._counts(b, (name, dead))) >= b.n_end for b in budgets):
+            may = dead.new_ones(len(dead)) if members is None else torch.tensor(members, device=dead.device)
+            for budget in self.budgets:
+                if name in budget.names:
+                    left = torch.tensor(self._counts(budget, (name, dead)), device=dead.device)
+                    may = may & (left >= budget.n_end)
+            dead &= may[:, None]
+            if bool((self._spread(name, dead, "unit") & self.masks[name].live).any()):
                 self._close_(name, dead, "unit", optimizers)
 
     def mask_gradients_(self) -> None:

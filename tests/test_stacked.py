@@ -22,8 +22,10 @@ from lightning_cpna import (
     Geometric,
     NeuronPruning,
     OneShot,
+    Score,
     SETRewiring,
     SparseLinear,
+    Sparsity,
     Target,
     TicketRewind,
     compact,
@@ -76,6 +78,20 @@ class Lightning2(L.LightningModule):
     forward = Classifier.forward
     training_step = Classifier.training_step
     configure_optimizers = Classifier.configure_optimizers
+
+
+class Deep(Classifier):
+    """Has two hidden layers and three outputs, so that members keep different numbers of live units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(P, 8), nn.ReLU(), nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 3))
+
+    def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        x, y = batch
+        loss = nn.functional.cross_entropy(self(x), y.long() + (x[:, 2] > 1).long())
+        self.log("loss", loss)
+        return loss
 
 
 def members(kind: Any = Classifier, n: int = MEMBERS, **options: Any) -> list[Any]:
@@ -136,6 +152,18 @@ PRUNING: dict[str, tuple[dict[str, Any], Callable[[], list[Any]]]] = {
         lambda: [CPNAPruning({"net.*.weight": 20}, scope="shared", normalize=False, schedule=Geometric(2, 18))],
     ),
     "SGD with momentum": ({"optimizer": "SGD"}, lambda: connections(None)),
+    "other counts in every member": (
+        {"kind": Deep},
+        lambda: [
+            CPNAPruning({"net.4.weight": 5}, schedule=Annealing(1, 6), name="output"),
+            CPNAPruning({"net.2.weight": 12}, schedule=Geometric(6, 12), normalize=False, name="hidden"),
+            CPNAPruning({"net.0.weight": 10}, schedule=Geometric(12, 18), normalize=False, name="input"),
+        ],
+    ),
+    "the default, deep": (
+        {"kind": Deep},
+        lambda: [CPNAPruning({"net.4.weight": 5, "net.2.weight": 12, "net.0.weight": 10})],
+    ),
 }
 
 
@@ -613,3 +641,50 @@ def test_a_member_that_is_taken_out_keeps_its_masks() -> None:
     assert all(torch.equal(one.net[i].weight == 0, zero) for i, zero in zip((0, 4), zeros, strict=True))
     masks["net.0.weight"].remove_(torch.ones(12, P, dtype=torch.bool))
     assert sparsity_of(stacked).masks["net.0.weight"].n_live == 10 * MEMBERS
+
+
+def two_members(first: list[list[list[float]]], last: list[list[float]]) -> tuple[Any, Sparsity]:
+    """Stack networks of 2 inputs, 3 units and one output, which are given by their weights."""
+    nets = [nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)) for _ in first]
+    for net, w, v in zip(nets, first, last, strict=True):
+        net[0].weight.data, net[2].weight.data = torch.tensor(w), torch.tensor([v])
+    stacked = stack([Plain(net) for net in nets])
+    sparsity = sparsity_of(stacked)
+    sparsity.graph = trace(stacked, torch.rand(2, 4, 2))
+    return stacked, sparsity
+
+
+class Plain(pl.LightningModule):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+def test_dead_units_go_from_the_members_whose_budget_allows_it() -> None:
+    stacked, sparsity = two_members([[[1.0, 1.0]] * 3] * 2, [[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    sparsity.add_budgets(stacked, {"net.0.weight": 4})
+    sparsity.remove_("net.2.weight", stacked.net[2].weight == 0)
+    sparsity.remove_dead_units_(members=[False, False])
+    assert sparsity.masks["net.0.weight"].n_live == 12
+    sparsity.remove_dead_units_()
+    assert (stacked.net[0].weight != 0).flatten(1).sum(1).tolist() == [4, 6]  # the second would have been left with two
+
+
+def test_every_member_keeps_as_many_as_it_is_told() -> None:
+    weights = [[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], [[6.0, 5.0], [4.0, 3.0], [2.0, 1.0]]]
+    stacked, sparsity = two_members(weights, [[1.0] * 3] * 2)
+    [budget] = sparsity.add_budgets(stacked, {"net.0.weight": 1})
+    assert sparsity.prune_(budget, [2, 4], Score("magnitude")) == 3
+    assert stacked.net[0].weight.flatten(1).tolist() == [[0, 0, 0, 0, 5, 6], [6, 5, 4, 3, 0, 0]]
+    assert sparsity.n_remaining_of_each(budget) == [2, 4]
+    for n in ([3, 4], [1], 5):
+        with pytest.raises(
+            ValueError, match=r"n is .*; allowed is what remains of 'net.0.weight', (\[2, 4\]|4), or less"
+        ):
+            sparsity.prune_(budget, n, Score("magnitude"))
+    sparsity.prune_(budget, 3, Score("magnitude"))
+    assert sparsity.n_remaining_of_each(budget) == [2, 3]

@@ -211,7 +211,7 @@ class CPNAPruning(ScheduledPruning):
                 for budget in stage.budgets:
                     self._reach(fit, budget, stage.schedule, self._step, partial(self._prune, fit, budget))
 
-    def _prune(self, fit: Fit, budget: Budget, n: int) -> float:
+    def _prune(self, fit: Fit, budget: Budget, n: list[int]) -> float:
         return fit.sparsity.prune_(
             budget,
             n,

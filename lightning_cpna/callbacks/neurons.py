@@ -27,7 +27,6 @@ from lightning_cpna.schedules import (
     Schedule,
     ScheduleFunction,
     in_window,
-    n_remaining,
     resolved_schedule,
 )
 from lightning_cpna.scores import Score
@@ -174,7 +173,7 @@ class NeuronPruning(ScheduledPruning):
         if isinstance(targets, list):
             assert isinstance(self.schedule, EpochFraction)
             names = [target.name for group in resolve(pl_module, targets).values() for target in group]
-            counts = {name: self._n_start.get(name) or sparsity.n_units(name) for name in names}
+            counts = {name: max(self._n_start.get(name) or [sparsity.n_units(name)]) for name in names}
             targets = {name: self.schedule.n_remaining(self.schedule.last, n) for name, n in counts.items()}
         return sparsity.add_budgets(pl_module, targets, "unit", self.scope)
 
@@ -256,9 +255,8 @@ class NeuronPruning(ScheduledPruning):
         if isinstance(self.schedule, EpochFraction):
             return self.schedule.first <= fit.trainer.current_epoch <= self.schedule.last
         return any(
-            n_remaining(self._resolved, self._step + 1, self._n_start.get(budget.label, n), budget.n_end) < n
+            self._wanted(fit, budget, self._resolved, self._step + 1) != fit.sparsity.n_remaining_of_each(budget)
             for budget in fit.budgets
-            for n in [fit.sparsity.n_remaining(budget)]
         )
 
     def _take_in(self, fit: Fit) -> None:
@@ -301,7 +299,7 @@ class NeuronPruning(ScheduledPruning):
             return True
         return watch is not None and graph is not None and all(watch.has_seen(graph, name) for name in budget.names)
 
-    def _prune(self, fit: Fit, budget: Budget, n: int) -> float:
+    def _prune(self, fit: Fit, budget: Budget, n: list[int]) -> float:
         sparsity = fit.sparsity
         means = fit.trainer.strategy.broadcast(fit.watch.means()) if fit.watch is not None else {}
         scores = {name: self._score(self._inputs(fit, name, means)) for name in budget.names}

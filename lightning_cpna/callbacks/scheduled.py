@@ -51,7 +51,7 @@ class ScheduledPruning(SparsityCallback):
 
     def _begin(self) -> None:
         super()._begin()
-        self._n_start = dict[str, int]()
+        self._n_start = dict[str, list[int]]()  # of each member
         self._thresholds = dict[str, float]()
         self._generator.manual_seed(self._seed)
 
@@ -71,17 +71,27 @@ class ScheduledPruning(SparsityCallback):
             )
 
     def _reach(
-        self, fit: Fit, budget: Budget, schedule: ScheduleFunction, time: int, prune: Callable[[int], float]
+        self, fit: Fit, budget: Budget, schedule: ScheduleFunction, time: int, prune: Callable[[list[int]], float]
     ) -> None:
         """Prune a budget to what its schedule asks for at this step or epoch, if that is less than remains."""
-        current = fit.sparsity.n_remaining(budget)
-        n_start = self._n_start.setdefault(budget.label, current)
-        n = n_remaining(schedule, time, n_start, budget.n_end)
-        if n < current:
+        current = fit.sparsity.n_remaining_of_each(budget)
+        self._n_start.setdefault(budget.label, current)
+        wanted = self._wanted(fit, budget, schedule, time)
+        if wanted != current:
             with self._naming_errors(f"pruning {budget.label!r}: "):
-                self._thresholds[budget.label] = prune(n)
-            if n == budget.n_end:
-                fit.sparsity.remove_dead_units_(fit.optimizers)
+                self._thresholds[budget.label] = prune(wanted)
+            is_at_end = [n == budget.n_end < before for n, before in zip(wanted, current, strict=True)]
+            if any(is_at_end):
+                fit.sparsity.remove_dead_units_(fit.optimizers, is_at_end)
+
+    def _wanted(self, fit: Fit, budget: Budget, schedule: ScheduleFunction, time: int) -> list[int]:
+        """Ask the schedule how many of each member should remain: no more than do."""
+        current = fit.sparsity.n_remaining_of_each(budget)
+        n_start = self._n_start.get(budget.label, current)
+        return [
+            min(own, n_remaining(schedule, time, began, budget.n_end))
+            for own, began in zip(current, n_start, strict=True)
+        ]
 
     def _values(self, fit: Fit) -> dict[str, float]:
         values = self._layer_values(fit)
