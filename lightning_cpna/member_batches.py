@@ -37,8 +37,8 @@ def member_loader(
         >>> [batch.shape for batch, _ in member_loader([x, y], batch_size=4, seeds=[0, 1])]
         [torch.Size([2, 4]), torch.Size([2, 2])]
     """
-    if not all(isinstance(tensor, Tensor) for tensor in tensors):
-        raise TypeError(f"tensors is {type(tensors).__name__}; allowed is a list of tensors, as of TensorDataset")
+    if others := [type(tensor).__name__ for tensor in tensors if not isinstance(tensor, Tensor)]:
+        raise TypeError(f"tensors has a {others[0]}; allowed is a list of tensors, as of TensorDataset")
     sizes = {tuple(tensor.shape[:2]) for tensor in tensors}
     if len(sizes) != 1 or len(size := sizes.pop()) != 2 or size[0] != len(seeds) or not size[1]:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)

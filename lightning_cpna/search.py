@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_cpna._lightning import Callback, LightningModule, Trainer
 from lightning_cpna.callbacks import CPNAPruning
@@ -90,7 +91,8 @@ class Found:
         names: What they are called, if ``x`` is a DataFrame.
         certificate: Whether their loss on the held-out examples can be chance; it cannot if ``certificate.holds``.
         n_tries: How many tries there were.
-        network: A network trained on these features alone, in eval mode: call it with ``x[:, features]``.
+        network: A network trained on these features alone, in eval mode: call it with ``x[:, features]``,
+            a tensor of the type of its weights.
         rows: Every try and count: ``stack``, ``place``, ``subset``, ``count``, ``features``, and the held-out ``loss``.
     """
 
@@ -152,7 +154,7 @@ def find_features(
         seed: Of everything that is random.
         folder: Where finished tries are kept, so that a search that was killed goes on; None: nowhere. A search for other
             features of other data, or with another network or trainer, finds nothing of its own there; where only the code
-            of methods has changed, take another folder.
+            of methods has changed, or what they read from outside, take another folder.
         n_jobs: How many stacks are trained at a time, as in ``sweep``; what is found does not depend on it.
         backend: As in ``sweep``.
         console: Where the progress bar is drawn, as in ``sweep``.
@@ -185,14 +187,14 @@ def find_features(
     subsets = subset_sizes(restarts.subset, x.shape[1], counts[0])
     first = _seeded(0, partial(network, subsets[0]))
     dtype = next(first.parameters()).dtype
-    x, y = x.to(dtype), y.to(dtype) if y.is_floating_point() else y
+    x, y = x.to(dtype), y.to(dtype) if y.is_floating_point() else y.long()
     for n in (4, 1):  # losses on held-out examples are those of one
         try_out(first, x[:n, : subsets[0]], y[:n])
     try_out(_seeded(0, partial(network, counts[-1])), x[:4, : counts[-1]], y[:4])
     description = " ".join(
         [describe(first), fingerprint(first.state_dict()), fingerprint(network), fingerprint(trainer)]
     )
-    weight, can_drop = first_weight(first, x[:4, : subsets[0]])
+    weight, can_drop = first_weight(first, x[:4, : subsets[0]], y[:4])
     search = _Search(network, trainer, x, y, weight, can_drop, counts, restarts, seed, description)
     _warn_of_few_orders(search)
     console = console or Console()
@@ -316,11 +318,8 @@ class _Search:
         )  # (member, subset)
         fitted, held, labels, which = self.parts()
         stacked = stack([_seeded(seed, partial(self.network, subset)) for seed in purposes[_WEIGHTS]], purposes[_ORDER])
-        loader = member_loader(
-            [self._columns(fitted, columns), self.y[fitted].expand(n_tries, *self.y[fitted].shape)],
-            batch_size=min(restarts.batch_size, len(fitted)),
-            seeds=purposes[_ORDER],
-        )
+        data = [self._columns(fitted, columns), self.y[fitted].expand(n_tries, *self.y[fitted].shape)]
+        loader = self._loader(data, purposes[_ORDER])
         further = max(2, restarts.annealing // FURTHER)
         ends = [restarts.pretraining + restarts.annealing + further * i for i in range(len(self.counts))]
         total = ends[-1]
@@ -358,11 +357,20 @@ class _Search:
     def refit(self, features: list[int]) -> LightningModule:
         """Train a network on some features alone."""
         seed = mixed_seed(self.seed, _REFIT)
-        stacked = stack([_seeded(seed, partial(self.network, len(features)))], [seed])
-        data = [self.x[None, :, features], self.y[None]]
-        loader = member_loader(data, batch_size=min(self.restarts.batch_size, len(self.y)), seeds=[seed])
-        self._fit(stacked, loader, self.restarts.refit, [])
-        return member(stacked, 0).eval()
+        network = _seeded(seed, partial(self.network, len(features)))
+        stacked = stack([network], [seed])
+        self._fit(stacked, self._loader([self.x[None, :, features], self.y[None]], [seed]), self.restarts.refit, [])
+        fitted = member(stacked, 0).eval()
+        kinds = {name: tensor.dtype for name, tensor in network.state_dict().items()}
+        for name, tensor in fitted.state_dict(keep_vars=True).items():
+            tensor.data = tensor.data.to(kinds[name])  # a trainer of precision="64-true" changed it
+        return fitted
+
+    def _loader(self, tensors: list[Tensor], seeds: list[int]) -> DataLoader[tuple[Tensor, ...]]:
+        """Make batches for a stack; a last one of a single example, which BatchNorm refuses, is left out."""
+        n = tensors[0].shape[1]
+        size = min(self.restarts.batch_size, n)
+        return member_loader(tensors, batch_size=size, seeds=seeds, drop_last=size > 1 and n % size == 1)
 
     def _fit(self, module: LightningModule, loader: Iterable[Any], epochs: int, callbacks: list[Callback]) -> None:
         with _quiet():

@@ -7,7 +7,7 @@ import math
 import operator
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,9 +39,10 @@ def tensor_of(argument: str, values: Any) -> Tensor:
         if hasattr(values, "columns") and not others:  # numbers and bools, or a type that has missing values
             return torch.tensor(values.to_numpy(float, na_value=math.nan))
         what = f"columns of other types: {dict(itertools.islice(others.items(), 10))}" if others else str(array.dtype)
-        raise ValueError(
-            f"{argument} holds {what}; allowed are numbers, as of pandas.factorize(...)[0] or get_dummies(...)"
-        )
+        way = "pandas.get_dummies(x)"
+        if argument == "y":
+            way = "pandas.factorize(y)[0] for cross_entropy, (y == 'yes').astype('float32') for binary_cross_entropy"
+        raise ValueError(f"{argument} holds {what}; allowed are numbers, as of {way}")
     return torch.tensor(array)
 
 
@@ -100,7 +101,10 @@ def check(network: Any, trainer: Any, x: Tensor, y: Tensor, counts: Sequence[int
     if x.ndim != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; allowed is (n, p)")
     if y.dtype == torch.bool:
-        raise ValueError("y has type torch.bool; allowed are floats for binary_cross_entropy, ints for cross_entropy")
+        raise ValueError(
+            "y has type torch.bool; allowed are floats for binary_cross_entropy, as of y.astype('float32'), ints for "
+            "cross_entropy, as of y.astype(int)"
+        )
     if y.ndim < 1 or len(y) != len(x):
         raise ValueError(f"y has shape {tuple(y.shape)}; allowed is one label for each of the {len(x)} rows of x")
     if n_bad := int((~y.isfinite()).flatten(1).any(dim=1).sum() if y.ndim > 1 else (~y.isfinite()).sum()):
@@ -141,8 +145,14 @@ def try_out(network: LightningModule, x: Tensor, y: Tensor) -> None:
             raise
 
 
-def first_weight(network: LightningModule, x: Tensor) -> tuple[str, bool]:
-    """Find the one weight that reads the features, and tell whether the network can do with fewer."""
+def first_weight(network: LightningModule, x: Tensor, y: Tensor) -> tuple[str, bool]:
+    """Find the one weight that reads the features, and tell whether the network can do with fewer.
+
+    Args:
+        network: The network; half of its features are taken from it.
+        x: Some examples.
+        y: Their labels.
+    """
     graph = trace(network, x)
     first = [name for name, layer in graph.items() if layer.unknown_source is None and bool((layer.sources < 0).all())]
     if len(first) != 1 or network.get_parameter(first[0]).ndim != 2:
@@ -150,4 +160,15 @@ def first_weight(network: LightningModule, x: Tensor) -> tuple[str, bool]:
             f"network: {', '.join(first) or 'no traced layer'} read the features; allowed is one Linear layer that does"
         )
     network.get_parameter(first[0]).detach()[:, ::2] = 0
-    return first[0], compact(network, x, batch_sizes=()).features is not None
+    compacted = compact(network, x, batch_sizes=())
+    if compacted.features is None:
+        return first[0], False
+    smaller: Any = compacted.module
+    with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(), evaluating(network), evaluating(smaller):
+        warnings.filterwarnings("ignore", message=".*self.trainer. reference is not registered")
+        try:
+            losses = [it.training_step((own, y), 0) for it, own in ((network, x), (smaller, x[:, compacted.features]))]
+        except Exception:  # it needs all of its features, or a trainer, which it does not have yet: nothing is dropped
+            return first[0], False
+    whole, less = (torch.as_tensor(loss["loss"] if isinstance(loss, Mapping) else loss) for loss in losses)
+    return first[0], torch.allclose(whole, less, rtol=1e-3, atol=1e-6)

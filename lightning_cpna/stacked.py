@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -90,7 +90,7 @@ def member(stacked: M, place: int) -> M:
         place: Which, from 0.
 
     Returns:
-        A copy of the member, in its own class, with its masks.
+        A copy of the member, in its own class, with its masks, and with the layers that were traced.
 
     Raises:
         IndexError: If there is no such member.
@@ -110,10 +110,12 @@ def member(stacked: M, place: int) -> M:
     del one._stack
     _change_tensors_(one, lambda name: _tensor(stacked, name).detach()[place].clone(), _without_members)
     _change_example_(one, lambda x: x[0])
-    masks = sparsity_of(stacked).masks.items()
-    sparsity_of(one).masks.replace(
-        {name: Mask(mask.dead[place].clone(), mask.removed[place].clone()) for name, mask in masks}
+    sparsity, own = sparsity_of(stacked), sparsity_of(one)
+    own.masks.replace(
+        {name: Mask(mask.dead[place].clone(), mask.removed[place].clone()) for name, mask in sparsity.masks.items()}
     )
+    if sparsity.graph is not None:
+        own.graph = sparsity.graph.with_axes({name: target.axes for name, target in own.targets.items()})
     return one  # type: ignore[no-any-return]
 
 
@@ -165,6 +167,11 @@ class Stacked(nn.Module):
                 raise ValueError(
                     f"an argument has shape {tuple(x.shape)}; allowed are tensors with a leading axis of {self._stack.n} "
                     "members: x.expand(n_members, *x.shape) where all read the same"
+                )
+            if not isinstance(x, Tensor) and _holds_tensors(x):
+                raise TypeError(
+                    f"an argument is a {type(x).__name__}, whose tensors would be the same for all members; allowed are "
+                    "tensors, and lists, tuples and dicts of them"
                 )
         runner = _Runner(self, method)
         tensors = {f"stacked.{name}": x for name, x in [*self.named_parameters(), *self.named_buffers()]}
@@ -237,7 +244,7 @@ class Stacked(nn.Module):
         elif getattr(trainer.precision_plugin, "scaler", None) is not None:
             why = "a gradient scaler, which skips the step of all if one of them overflows; precision='bf16-mixed' has none"
         elif trainer.world_size > 1:
-            why = f"{trainer.world_size} processes, which divide the batch"
+            why = f"{trainer.world_size} processes, which divide the batch; devices=1 has one"
         if why is not None:
             raise ValueError(
                 f"a stack of members is trained with {why}; allowed is what acts on each member for itself"
@@ -380,6 +387,12 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
 def _names(module: nn.Module) -> list[str]:
     """List the names of parameters and buffers; a shared one appears once."""
     return [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
+
+
+def _holds_tensors(value: object) -> bool:
+    """Tell whether tensors are in an object that is none of PyTorch's containers."""
+    values = value.values() if isinstance(value, Mapping) else getattr(value, "__dict__", {}).values()
+    return any(isinstance(x, Tensor) for x in tree_leaves(list(values)))
 
 
 def _change_tensors_(module: nn.Module, change: Callable[[str], Tensor], axes: Callable[[Axes], Axes]) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from functools import partial
-from types import FunctionType
+from types import CodeType, FunctionType, MethodType, ModuleType
 
 import numpy as np
 import torch
@@ -65,7 +65,11 @@ def fingerprint(value: object, above: tuple[int, ...] = ()) -> str:
     elif isinstance(value, set | frozenset):
         words = f"{{{', '.join(sorted(map(within, value)))}}}"
     elif isinstance(value, FunctionType):
-        words = f"{value.__module__}.{value.__qualname__} {_hash(_code(value).encode())}"
+        words = f"{value.__module__}.{value.__qualname__} {_hash(' '.join(map(within, _parts(value))).encode())}"
+    elif isinstance(value, MethodType):
+        words = f"{within(value.__func__)} of {within(value.__self__)}"
+    elif isinstance(value, CodeType):
+        words = f"{value.co_code.hex()} {value.co_names} {within(value.co_consts)}"
     elif type(value).__repr__ is object.__repr__ and hasattr(value, "__dict__"):
         words = f"{_plain(repr(value))} with {within(vars(value))}"
     else:
@@ -73,12 +77,16 @@ def fingerprint(value: object, above: tuple[int, ...] = ()) -> str:
     return words if len(words) <= LONG else f"{words[:LONG]}... {_hash(words.encode())}"
 
 
-def _code(function: FunctionType) -> str:
-    """Write down what a function does, and with which constants, defaults and values from outside."""
-    code = function.__code__
+def _parts(function: FunctionType) -> tuple[object, ...]:
+    """List what a function does, and with which defaults and values from outside, those apart that can be called."""
+    code, space = function.__code__, function.__globals__
     outside = [cell.cell_contents for cell in function.__closure__ or ()]
-    given = (code.co_consts, code.co_names, function.__defaults__, function.__kwdefaults__, outside)
-    return code.co_code.hex() + _plain(repr(given))
+    read = {
+        name: space[name]
+        for name in sorted(code.co_names)
+        if name in space and not callable(space[name]) and not isinstance(space[name], ModuleType)
+    }
+    return code, function.__defaults__, function.__kwdefaults__, outside, read
 
 
 def _plain(words: str) -> str:

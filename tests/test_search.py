@@ -205,9 +205,57 @@ def test_features_that_are_dropped_change_nothing(monkeypatch: pytest.MonkeyPatc
 
 def test_a_network_that_reads_features_in_two_places_keeps_them_all() -> None:
     x, y = xor()
-    assert first_weight(Net(8), x[:4, :8]) == ("net.0.weight", True)
-    assert first_weight(Net(8, norm=True), x[:4, :8]) == ("net.1.weight", False)
+    assert first_weight(Net(8), x[:4, :8], y[:4]) == ("net.0.weight", True)
+    assert first_weight(Net(8, norm=True), x[:4, :8], y[:4]) == ("net.1.weight", False)
     assert search(x, y, network=partial(Net, norm=True)).features == (3, 7)
+
+
+class Penalized(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + self.get_parameter("net.0.weight").abs().mean()
+
+
+class Reconstructs(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        rebuilt: Tensor = batch[0] - self.get_parameter("net.0.bias")[:8]
+        return super().training_step(batch, batch_idx) + rebuilt.square().mean()
+
+
+class AsksItsTrainer(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (1 + 0 * self.trainer.current_epoch)
+
+
+@pytest.mark.parametrize("kind", [Penalized, Reconstructs, AsksItsTrainer])
+def test_a_network_whose_loss_asks_for_the_features_keeps_them_all(kind: type[Net]) -> None:
+    x, y = xor()
+    assert first_weight(kind(8), x[:4, :8], y[:4]) == ("net.0.weight", False)
+
+
+class Classes(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits = self(batch[0])
+        return nn.functional.cross_entropy(torch.stack([-logits, logits], dim=-1), batch[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32])
+def test_classes_may_be_ints_of_any_size(dtype: torch.dtype) -> None:
+    x, y = xor()
+    expected = search(x, y.long(), restarts=ONCE, network=Classes)
+    assert search(x, y.to(dtype), restarts=ONCE, network=Classes).rows == expected.rows
+
+
+@pytest.mark.parametrize("n", [161, 201])  # one more than two batches for the refit, and for the tries
+def test_a_last_batch_of_one_does_not_stop_batchnorm(n: int) -> None:
+    x, y = xor()
+    found = search(x[:n], y[:n], restarts=replace(ONCE, level=0.5), network=partial(Net, norm=True))
+    assert len(found.features) == 2
+
+
+def test_the_network_reads_what_was_searched_whatever_the_trainers_precision() -> None:
+    x, y = xor()
+    found = search(x, y, restarts=ONCE, trainer=partial(TRAINER, precision="64-true"))
+    assert found.network(x[:, list(found.features)]).dtype == torch.float32
 
 
 def test_of_several_counts_the_held_out_loss_decides_and_fewer_features_are_among_more() -> None:
@@ -423,7 +471,11 @@ def test_a_network_with_another_number_in_a_buffer_is_another_search(
 
 
 def test_another_trainer_in_the_same_folder_is_another_search(tmp_path: Path) -> None:
-    trainers: list[dict[str, Any]] = [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}]
+    trainers: list[dict[str, Any]] = [
+        {},
+        {"precision": "bf16-mixed"},
+        {"accumulate_grad_batches": 2},
+    ]
     for n, options in enumerate(trainers):
         search(*xor(), restarts=ONCE, trainer=partial(TRAINER, **options), folder=tmp_path)
         assert len(list(tmp_path.glob("*.json"))) == n + 1

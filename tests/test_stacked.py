@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import UserDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from lightning_cpna import (
     Target,
     TicketRewind,
     compact,
+    connectivity,
     member,
     member_loader,
     sparsity_of,
@@ -662,6 +665,31 @@ class Plain(pl.LightningModule):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.net(x)
         return out
+
+
+@dataclass
+class Labelled:
+    x: Any
+
+
+@pytest.mark.parametrize("kind", [Labelled, lambda x: UserDict(x=x), lambda x: Labelled([{"x": x}])])
+def test_tensors_that_would_be_the_same_for_all_members_are_refused(kind: Any) -> None:
+    stacked, _ = two_members([[[1.0, 1.0]] * 3] * 2, [[1.0, 1.0, 0.0]] * 2)
+    with pytest.raises(
+        TypeError, match=r"is a (Labelled|UserDict), .* allowed are tensors, and lists, tuples and dicts"
+    ):
+        stacked([kind(torch.rand(2, 4, 2))])
+
+
+def test_a_member_knows_the_layers_that_were_traced() -> None:
+    stacked, sparsity = two_members([[[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]] * 2, [[1.0, 2.0, 3.0]] * 2)
+    [budget] = sparsity.add_budgets(stacked, {"net.2.weight": 1})
+    sparsity.prune_(budget, 1, Score("magnitude"))
+    alone = member(stacked, 1)
+    one = sparsity_of(alone)
+    one.remove_dead_units_()
+    assert {layer.name: layer.effective for layer in one.report().layers} == {"net.0.weight": 2, "net.2.weight": 1}
+    assert [len(weight) for *_, weight in connectivity(one).layers] == [2, 1]
 
 
 def test_dead_units_go_from_the_members_whose_budget_allows_it() -> None:

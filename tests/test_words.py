@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,18 @@ def multiplies(n: float, by: float = 2) -> float:
     return n * by
 
 
+def reads(value: object) -> Callable[[], object]:
+    """Make a function that reads a global of this value."""
+    return FunctionType((lambda: READ).__code__, {"READ": value})
+
+
+READ = None
+
+
 class Power:
+    def itself_of(self) -> Power:
+        return self
+
     def __init__(self, exponent: float) -> None:
         self.exponent, self.itself = exponent, self
 
@@ -53,6 +65,11 @@ PAIRS: dict[str, tuple[Any, Any]] = {
     "functions that do something else": (lambda x: x.sin(), lambda x: x.cos()),
     "constants": (lambda x: x + 1, lambda x: x + 2),
     "values from outside": (adds(1), adds(2)),
+    "what is made in a function": (lambda: lambda x: x + 1, lambda: lambda x: x + 2),
+    "objects from outside": (adds(Power(2)), adds(Power(3))),  # type: ignore[arg-type]
+    "long tensors from outside": (adds(torch.zeros(5000)), adds((torch.arange(5000) == 2500).float())),  # type: ignore[arg-type]
+    "globals": (reads(0.1), reads(0.2)),
+    "methods of objects": (Power(2).itself_of, Power(3).itself_of),
     "defaults": (lambda x, n=1: x, lambda x, n=2: x),
     "partial arguments": (partial(multiplies, by=3), partial(multiplies, by=4)),
     "nested partial arguments": (partial(map, partial(multiplies, by=3)), partial(map, partial(multiplies, by=4))),
