@@ -504,8 +504,12 @@ def _seeded(seed: int, build: Callable[[], LightningModule]) -> LightningModule:
     """Build a network whose initialisation depends on the seed alone."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = build()
-    if not isinstance(network, nn.Module):
+        try:
+            network = build()
+        except TypeError as error:
+            error.add_note("network: it is called with a number of features, network(n_features)")
+            raise
+    if not (isinstance(network, nn.Module) and hasattr(network, "training_step")):
         raise ValueError(f"network returned a {type(network).__name__}; allowed is one that returns a LightningModule")
     return network
 

@@ -21,6 +21,7 @@ from lightning_cpna.layers import evaluating
 from lightning_cpna.tracing import trace
 
 MAX_SCALE = 10.0  # chosen: by how much the scales of columns may differ without a warning
+MAX_REPEATED = 0.01  # chosen: what part of the rows may be there before without a warning
 
 
 def tensor_of(argument: str, values: Any) -> Tensor:
@@ -77,7 +78,7 @@ def subset_sizes(subset: float | Sequence[float], p: int, most: int) -> list[int
 
 
 def check(network: Any, trainer: Any, x: Tensor, y: Tensor, counts: Sequence[int], names: list[Any] | None) -> None:
-    """Raise if a search cannot be made of these; warn if columns are not alike in scale.
+    """Raise if a search cannot be made of these; warn of columns of other scales, of rows that repeat, and of odd labels.
 
     Args:
         network: From a number of features to a network.
@@ -126,6 +127,18 @@ def check(network: Any, trainer: Any, x: Tensor, y: Tensor, counts: Sequence[int
             f"x has columns whose standard deviations are from {spread.min():.2g} to {spread.max():.2g} and whose means are "
             f"up to {mean.max():.2g}: features are ranked by the norms of their weights, so scale the columns alike first",
             stacklevel=3,
+        )
+    n_repeated = len(x) - len({row.tobytes() for row in x.numpy()})
+    if n_repeated > MAX_REPEATED * len(x):
+        warnings.warn(
+            f"x has {n_repeated} rows that are there before: if they are copies, or of the same patient, say, a certificate "
+            "does not hold; merge them first",
+            stacklevel=3,
+        )
+    labels = torch.unique(y)
+    if y.is_floating_point() and len(labels) == 2 and labels.tolist() != [0, 1]:
+        warnings.warn(
+            f"y has the values {labels[0]:g} and {labels[1]:g}: binary_cross_entropy takes 0.0 and 1.0", stacklevel=3
         )
 
 

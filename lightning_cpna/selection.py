@@ -67,7 +67,9 @@ def keep_top_rows(rows: Tensor, n: int) -> tuple[Tensor, float]:
 
 def _refuse_nan(rows: Tensor) -> None:
     if n_nan := int(torch.isnan(rows).sum()):
-        raise ValueError(f"scores: {n_nan} of {rows.numel()} are NaN; pruning would be arbitrary")
+        raise ValueError(
+            f"scores: {n_nan} of {rows.numel()} are NaN; pruning would be arbitrary: look at the loss and the data"
+        )
 
 
 def _at_least_the_nth(rows: Tensor, n: int) -> tuple[Tensor, Tensor, int, float]:

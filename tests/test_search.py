@@ -481,6 +481,18 @@ def test_another_trainer_in_the_same_folder_is_another_search(tmp_path: Path) ->
         assert len(list(tmp_path.glob("*.json"))) == n + 1
 
 
+def test_rows_that_repeat_are_warned_of() -> None:
+    x, y = xor()
+    with pytest.warns(UserWarning, match=r"x has 40 rows that are there before: .* merge them first"):
+        search(torch.cat([x, x[:40]]), torch.cat([y, y[:40]]), restarts=ONCE)
+
+
+def test_labels_of_another_coding_are_warned_of() -> None:
+    x, y = xor()
+    with pytest.warns(UserWarning, match=r"y has the values -1 and 1: binary_cross_entropy takes 0.0 and 1.0"):
+        search(x, 2 * y - 1, restarts=ONCE)
+
+
 def test_labels_that_stand_in_few_orders_are_warned_of() -> None:
     x, y = xor()
     some = torch.cat([(y == 0).nonzero()[:30, 0], (y == 1).nonzero()[:30, 0]])
@@ -592,12 +604,22 @@ WRONG: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
         "held_out is 0.999 of 400 examples; allowed is what leaves two or more",
     ),
     "no network": (lambda x, y: search(x, y, network=lambda n: None), "network returned a NoneType"),
+    "a plain module": (
+        lambda x, y: search(x, y, network=partial(nn.Linear, out_features=1)),
+        "network returned a Linear",
+    ),
     "no jobs": (lambda x, y: search(x, y, n_jobs=0), "n_jobs is 0; allowed is -1, or an int >= 1"),
     "a backend": (lambda x, y: search(x, y, backend="dask"), "backend is 'dask'; allowed is one of 'loky', 'ray'"),
     "tries": (lambda x, y: Restarts(0), "n is 0; allowed is an int >= 1"),
     "held out": (lambda x, y: Restarts(held_out=1.0), r"held_out is 1.0; allowed is a float in \(0, 1\)"),
     "level": (lambda x, y: Restarts(level=0), r"level is 0; allowed is a float in \(0, 1\)"),
 }
+
+
+def test_a_network_of_no_number_of_features_is_told_how_it_is_called() -> None:
+    with pytest.raises(TypeError, match="takes 0 positional arguments") as caught:
+        search(*xor(), network=lambda: Net(2))  # type: ignore[arg-type, misc]
+    assert caught.value.__notes__ == ["network: it is called with a number of features, network(n_features)"]
 
 
 def test_a_trainer_that_ends_early_is_named() -> None:
