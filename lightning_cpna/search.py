@@ -54,7 +54,7 @@ class Restarts:
         pretraining: Epochs before the features are annealed.
         annealing: Epochs in which they are; a sixth as many for each further count.
         refit: Epochs for which a network is trained on the features found, with all examples.
-        batch_size: Examples a step.
+        batch_size: Examples a step; where a last step of an epoch would have one alone, it is left out.
         level: How probable it may be that a search ends with a certificate if no label depends on any feature.
     """
 
@@ -361,9 +361,8 @@ class _Search:
         stacked = stack([network], [seed])
         self._fit(stacked, self._loader([self.x[None, :, features], self.y[None]], [seed]), self.restarts.refit, [])
         fitted = member(stacked, 0).eval()
-        kinds = {name: tensor.dtype for name, tensor in network.state_dict().items()}
-        for name, tensor in fitted.state_dict(keep_vars=True).items():
-            tensor.data = tensor.data.to(kinds[name])  # a trainer of precision="64-true" changed it
+        for ours, theirs in zip(_tensors(fitted), _tensors(network), strict=True):
+            ours.data = ours.data.to(theirs.dtype)  # a trainer of precision="64-true" changed it
         return fitted
 
     def _loader(self, tensors: list[Tensor], seeds: list[int]) -> DataLoader[tuple[Tensor, ...]]:
@@ -498,6 +497,11 @@ def _warn_of_few_orders(search: _Search) -> None:
             "hold; hold out more (held_out), ask less often (a smaller n, or more tries together), or raise the level",
             stacklevel=3,
         )
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Go through all parameters and buffers."""
+    return itertools.chain(module.parameters(), module.buffers())
 
 
 def _seeded(seed: int, build: Callable[[], LightningModule]) -> LightningModule:

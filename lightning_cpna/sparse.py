@@ -373,12 +373,12 @@ class SparseLinear(nn.Module):
         """Do what ``rewire_`` does where it is known, and not checked, that all is right.
 
         Args:
-            dying: As there, as are those that are not explained.
+            dying: See ``rewire_``.
             staying: Which stay, as ascending places in ``weight``, int64.
-            cells: See there.
+            cells: See ``rewire_``.
             places: Where in ``weight`` the connections that come will be, ascending, int64 ``(n,)``.
-            values: See there.
-            optimizers: See there.
+            values: See ``rewire_``.
+            optimizers: See ``rewire_``.
         """
         self._set_indices(*self._merge(dying, staying, cells, places, values, optimizers))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -184,11 +185,7 @@ class Sparsity:
 
     def n_remaining(self, budget: Budget) -> int:
         """Count what remains; in a stacked network, of the member with the most."""
-        return max(self._counts(budget))
-
-    def n_remaining_of_each(self, budget: Budget) -> list[int]:
-        """Count what remains of each member; a network that is not stacked has one."""
-        return self._counts(budget)
+        return max(self.counts(budget))
 
     def live_counts(self) -> dict[str, int]:
         """Count what lives in each weight that was traced or has a mask."""
@@ -208,8 +205,13 @@ class Sparsity:
         self.add_mask(name)
         return max(self._counts_of(name, "unit", None))
 
-    def _counts(self, budget: Budget, without: tuple[str, Tensor] | None = None) -> list[int]:
-        """Count what remains in each member, less some units, bool ``(member, unit)``, of one parameter."""
+    def counts(self, budget: Budget, without: tuple[str, Tensor] | None = None) -> list[int]:
+        """Count what remains in each member (a network that is no stack is one).
+
+        Args:
+            budget: What is counted.
+            without: A parameter, and units of it that are left out, bool ``(member, unit)``.
+        """
         counts = []
         for name in budget.names:
             gone = without[1] if without is not None and without[0] == name else None
@@ -336,13 +338,13 @@ class Sparsity:
 
     def _wanted(self, budget: Budget, n: int | Sequence[int]) -> list[int]:
         """Turn what should stay into one number a member; of one number, a member that has fewer keeps all."""
-        remaining = self._counts(budget)
-        if isinstance(n, int):
-            if n <= max(remaining):
+        remaining = self.counts(budget)
+        if not isinstance(n, Sequence):
+            if operator.index(n) <= max(remaining):
                 return [min(n, own) for own in remaining]
         elif len(n) == len(remaining) and all(wanted <= own for wanted, own in zip(n, remaining, strict=True)):
             return list(n)
-        there = max(remaining) if isinstance(n, int) or len(remaining) == 1 else remaining
+        there = remaining if isinstance(n, Sequence) and len(remaining) > 1 else max(remaining)
         raise ValueError(f"n is {n}; allowed is what remains of {budget.label!r}, {there}, or less")
 
     def _decide(self, budget: Budget, scores: list[Tensor], wanted: list[int]) -> tuple[Tensor, float]:
@@ -562,7 +564,7 @@ class Sparsity:
             may = dead.new_ones(len(dead)) if members is None else torch.tensor(members, device=dead.device)
             for budget in self.budgets:
                 if name in budget.names:
-                    left = torch.tensor(self._counts(budget, (name, dead)), device=dead.device)
+                    left = torch.tensor(self.counts(budget, (name, dead)), device=dead.device)
                     may = may & (left >= budget.n_end)
             dead &= may[:, None]
             if bool((self._spread(name, dead, "unit") & self.masks[name].live).any()):

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -168,7 +169,7 @@ class Stacked(nn.Module):
                     f"an argument has shape {tuple(x.shape)}; allowed are tensors with a leading axis of {self._stack.n} "
                     "members: x.expand(n_members, *x.shape) where all read the same"
                 )
-            if not isinstance(x, Tensor) and _holds_tensors(x):
+            if not isinstance(x, Tensor) and _holds_tensors(x, set()):
                 raise TypeError(
                     f"an argument is a {type(x).__name__}, whose tensors would be the same for all members; allowed are "
                     "tensors, and lists, tuples and dicts of them"
@@ -389,10 +390,14 @@ def _names(module: nn.Module) -> list[str]:
     return [name for name, _ in [*module.named_parameters(), *module.named_buffers()]]
 
 
-def _holds_tensors(value: object) -> bool:
-    """Tell whether tensors are in an object that is none of PyTorch's containers."""
-    values = value.values() if isinstance(value, Mapping) else getattr(value, "__dict__", {}).values()
-    return any(isinstance(x, Tensor) for x in tree_leaves(list(values)))
+def _holds_tensors(value: object, seen: set[int]) -> bool:
+    """Tell whether tensors are in an object that is none of PyTorch's containers, or in what it holds and was not seen."""
+    if id(value) in seen or isinstance(value, type | ModuleType):
+        return False
+    seen.add(id(value))
+    slots = (getattr(value, name, None) for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ()))
+    held = value.values() if isinstance(value, Mapping) else [*getattr(value, "__dict__", {}).values(), *slots]
+    return any(isinstance(x, Tensor) or _holds_tensors(x, seen) for x in tree_leaves(list(held)))
 
 
 def _change_tensors_(module: nn.Module, change: Callable[[str], Tensor], axes: Callable[[Axes], Axes]) -> None:

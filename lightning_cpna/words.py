@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import hashlib
 import re
 from collections.abc import Mapping
@@ -78,15 +79,23 @@ def fingerprint(value: object, above: tuple[int, ...] = ()) -> str:
 
 
 def _parts(function: FunctionType) -> tuple[object, ...]:
-    """List what a function does, and with which defaults and values from outside, those apart that can be called."""
-    code, space = function.__code__, function.__globals__
+    """List what a function does, and with which defaults and values from outside."""
+    space = function.__globals__
     outside = [cell.cell_contents for cell in function.__closure__ or ()]
-    read = {
-        name: space[name]
-        for name in sorted(code.co_names)
-        if name in space and not callable(space[name]) and not isinstance(space[name], ModuleType)
-    }
-    return code, function.__defaults__, function.__kwdefaults__, outside, read
+    read = {name: space[name] for name in sorted(_globals(function.__code__)) if name in space}
+    own = {name: value for name, value in read.items() if not _is_elsewhere(value, space)}
+    return function.__code__, function.__defaults__, function.__kwdefaults__, outside, own
+
+
+def _globals(code: CodeType) -> set[str]:
+    """Name the globals that a function reads, or one that is made in it."""
+    read = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+    return read.union(*(_globals(const) for const in code.co_consts if isinstance(const, CodeType)))
+
+
+def _is_elsewhere(value: object, space: dict[str, object]) -> bool:
+    """Tell whether a global is only a name for a module, a class, or a function of another module."""
+    return isinstance(value, type | ModuleType) or getattr(value, "__globals__", space) is not space
 
 
 def _plain(words: str) -> str:

@@ -212,7 +212,7 @@ def test_a_network_that_reads_features_in_two_places_keeps_them_all() -> None:
 
 class Penalized(Net):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return super().training_step(batch, batch_idx) + self.get_parameter("net.0.weight").abs().mean()
+        return super().training_step(batch, batch_idx) + 1e-3 * self.get_parameter("net.0.weight").abs().mean()
 
 
 class Reconstructs(Net):
@@ -252,9 +252,25 @@ def test_a_last_batch_of_one_does_not_stop_batchnorm(n: int) -> None:
     assert len(found.features) == 2
 
 
-def test_the_network_reads_what_was_searched_whatever_the_trainers_precision() -> None:
+class WithMore(Net):
+    def __init__(self, n_features: int) -> None:
+        super().__init__(n_features)
+        self.register_buffer("scale", torch.ones(n_features), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.get_buffer("scale"))
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"release": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"release": 1}
+
+
+@pytest.mark.parametrize("network", [Net, WithMore])
+def test_the_network_reads_what_was_searched_whatever_the_trainers_precision(network: type[Net]) -> None:
     x, y = xor()
-    found = search(x, y, restarts=ONCE, trainer=partial(TRAINER, precision="64-true"))
+    found = search(x, y, restarts=ONCE, network=network, trainer=partial(TRAINER, precision="64-true"))
     assert found.network(x[:, list(found.features)]).dtype == torch.float32
 
 
@@ -483,8 +499,13 @@ def test_another_trainer_in_the_same_folder_is_another_search(tmp_path: Path) ->
 
 def test_rows_that_repeat_are_warned_of() -> None:
     x, y = xor()
-    with pytest.warns(UserWarning, match=r"x has 40 rows that are there before: .* merge them first"):
+    with pytest.warns(UserWarning, match=r"40 rows of x and y are there before.* merge them first"):
         search(torch.cat([x, x[:40]]), torch.cat([y, y[:40]]), restarts=ONCE)
+
+
+def test_examples_may_be_of_half_precision() -> None:
+    x, y = xor()
+    assert len(search(x.bfloat16(), y, restarts=ONCE).features) == 2
 
 
 def test_labels_of_another_coding_are_warned_of() -> None:

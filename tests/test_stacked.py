@@ -672,11 +672,16 @@ class Labelled:
     x: Any
 
 
-@pytest.mark.parametrize("kind", [Labelled, lambda x: UserDict(x=x), lambda x: Labelled([{"x": x}])])
+@dataclass(slots=True)
+class Slotted:
+    x: Any
+
+
+@pytest.mark.parametrize("kind", [Labelled, Slotted, lambda x: UserDict(x=x), lambda x: Labelled([{"x": Labelled(x)}])])
 def test_tensors_that_would_be_the_same_for_all_members_are_refused(kind: Any) -> None:
     stacked, _ = two_members([[[1.0, 1.0]] * 3] * 2, [[1.0, 1.0, 0.0]] * 2)
     with pytest.raises(
-        TypeError, match=r"is a (Labelled|UserDict), .* allowed are tensors, and lists, tuples and dicts"
+        TypeError, match=r"is a (Labelled|Slotted|UserDict), .* allowed are tensors, and lists, tuples and dicts"
     ):
         stacked([kind(torch.rand(2, 4, 2))])
 
@@ -708,11 +713,11 @@ def test_every_member_keeps_as_many_as_it_is_told() -> None:
     [budget] = sparsity.add_budgets(stacked, {"net.0.weight": 1})
     assert sparsity.prune_(budget, [2, 4], Score("magnitude")) == 3
     assert stacked.net[0].weight.flatten(1).tolist() == [[0, 0, 0, 0, 5, 6], [6, 5, 4, 3, 0, 0]]
-    assert sparsity.n_remaining_of_each(budget) == [2, 4]
+    assert sparsity.counts(budget) == [2, 4]
     for n in ([3, 4], [1], 5):
         with pytest.raises(
             ValueError, match=r"n is .*; allowed is what remains of 'net.0.weight', (\[2, 4\]|4), or less"
         ):
             sparsity.prune_(budget, n, Score("magnitude"))
     sparsity.prune_(budget, 3, Score("magnitude"))
-    assert sparsity.n_remaining_of_each(budget) == [2, 3]
+    assert sparsity.counts(budget) == [2, 3]

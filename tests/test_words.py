@@ -27,20 +27,21 @@ def multiplies(n: float, by: float = 2) -> float:
     return n * by
 
 
-def reads(value: object) -> Callable[[], object]:
-    """Make a function that reads a global of this value."""
-    return FunctionType((lambda: READ).__code__, {"READ": value})
+def reads(value: object, nested: bool = False) -> Callable[[], object]:
+    """Make a function that reads a global of this value, itself or in one that it makes."""
+    function: Any = (lambda: lambda: READ) if nested else (lambda: READ)
+    return FunctionType(function.__code__, {"READ": value})
 
 
 READ = None
 
 
 class Power:
-    def itself_of(self) -> Power:
-        return self
-
     def __init__(self, exponent: float) -> None:
         self.exponent, self.itself = exponent, self
+
+    def me(self) -> Power:
+        return self
 
 
 @dataclass
@@ -69,7 +70,9 @@ PAIRS: dict[str, tuple[Any, Any]] = {
     "objects from outside": (adds(Power(2)), adds(Power(3))),  # type: ignore[arg-type]
     "long tensors from outside": (adds(torch.zeros(5000)), adds((torch.arange(5000) == 2500).float())),  # type: ignore[arg-type]
     "globals": (reads(0.1), reads(0.2)),
-    "methods of objects": (Power(2).itself_of, Power(3).itself_of),
+    "globals that can be called": (reads(partial(multiplies, by=3)), reads(partial(multiplies, by=4))),
+    "globals of what is made in a function": (reads(0.1, nested=True), reads(0.2, nested=True)),
+    "methods of objects": (Power(2).me, Power(3).me),
     "defaults": (lambda x, n=1: x, lambda x, n=2: x),
     "partial arguments": (partial(multiplies, by=3), partial(multiplies, by=4)),
     "nested partial arguments": (partial(map, partial(multiplies, by=3)), partial(map, partial(multiplies, by=4))),
@@ -85,6 +88,11 @@ def test_values_that_differ_are_described_otherwise(case: str) -> None:
     assert fingerprint(one) != fingerprint(other)
     assert fingerprint(one) == fingerprint(one)
     assert len(fingerprint(one)) < LONG + 30
+
+
+def test_a_global_that_only_shares_its_name_with_an_attribute_is_not_read() -> None:
+    code = (lambda x: x.READ).__code__
+    assert fingerprint(FunctionType(code, {"READ": 1})) == fingerprint(FunctionType(code, {"READ": 2}))
 
 
 def test_an_object_is_described_alike_in_another_process() -> None:

@@ -29,7 +29,7 @@ from lightning_cpna.stacked import Stacked
 from lightning_cpna.targets import all_targets
 
 CHECKPOINT_KEY = "lightning_cpna"
-STATE_VERSION = 2
+STATE_VERSION = 3
 MANY = 0.01  # chosen: of a weight, the share of zeros that no initialisation draws by chance
 SHRINK_FRACTION, SHRINK_PAUSE = 0.1, 10  # chosen: a cut costs about as much as a few steps of the larger network
 _UNSERVED = ("FSDP", "DeepSpeed", "ModelParallel", "XLA")

@@ -255,8 +255,9 @@ class NeuronPruning(ScheduledPruning):
         if isinstance(self.schedule, EpochFraction):
             return self.schedule.first <= fit.trainer.current_epoch <= self.schedule.last
         return any(
-            self._wanted(fit, budget, self._resolved, self._step + 1) != fit.sparsity.n_remaining_of_each(budget)
+            self._wanted(budget, current, self._resolved, self._step + 1) != current
             for budget in fit.budgets
+            for current in [fit.sparsity.counts(budget)]
         )
 
     def _take_in(self, fit: Fit) -> None:

@@ -74,9 +74,9 @@ class ScheduledPruning(SparsityCallback):
         self, fit: Fit, budget: Budget, schedule: ScheduleFunction, time: int, prune: Callable[[list[int]], float]
     ) -> None:
         """Prune a budget to what its schedule asks for at this step or epoch, if that is less than remains."""
-        current = fit.sparsity.n_remaining_of_each(budget)
+        current = fit.sparsity.counts(budget)
         self._n_start.setdefault(budget.label, current)
-        wanted = self._wanted(fit, budget, schedule, time)
+        wanted = self._wanted(budget, current, schedule, time)
         if wanted != current:
             with self._naming_errors(f"pruning {budget.label!r}: "):
                 self._thresholds[budget.label] = prune(wanted)
@@ -84,9 +84,8 @@ class ScheduledPruning(SparsityCallback):
             if any(is_at_end):
                 fit.sparsity.remove_dead_units_(fit.optimizers, is_at_end)
 
-    def _wanted(self, fit: Fit, budget: Budget, schedule: ScheduleFunction, time: int) -> list[int]:
+    def _wanted(self, budget: Budget, current: list[int], schedule: ScheduleFunction, time: int) -> list[int]:
         """Ask the schedule how many of each member should remain: no more than do."""
-        current = fit.sparsity.n_remaining_of_each(budget)
         n_start = self._n_start.get(budget.label, current)
         return [
             min(own, n_remaining(schedule, time, began, budget.n_end))
