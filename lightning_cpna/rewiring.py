@@ -16,6 +16,7 @@ from lightning_cpna.growth import Factors, check_zeta
 from lightning_cpna.mask import ListMask
 from lightning_cpna.moments import zero_
 from lightning_cpna.selection import keep_top_rows, nth_of
+from lightning_cpna.sparse import Exchange
 from lightning_cpna.sparsity import Sparsity
 from lightning_cpna.targets import ListedAxes
 
@@ -170,7 +171,7 @@ def rewire_(
         if places is None:
             axes.layer.rewire_(dying, born, values, optimizers)
         else:
-            axes.layer.exchange_(dying, staying, born, places, values, optimizers)
+            axes.layer.exchange_(Exchange(dying, staying, born, places, values), optimizers)
         if dead is not None:
             mask.follow_(torch.searchsorted(axes.layer.cells, dead))
     else:

@@ -150,18 +150,23 @@ def _hashes(table: Tensor) -> Iterator[int]:
 
 def try_out(network: LightningModule, x: Tensor, y: Tensor) -> None:
     """Let a network by itself compute the loss of a batch, so that what it cannot do is said by itself."""
+    try:
+        _training_step(network, x, y)
+    except Exception as error:
+        if "is not attached to a `Trainer`" in str(error):
+            return  # what it does with one is seen when it has one
+        error.add_note(
+            f"network: this is its training_step with x {tuple(x.shape)} {x.dtype} and y {tuple(y.shape)} {y.dtype}; "
+            "batches have 1 example or more; classes must be ints, other labels floats of the shape of the outputs"
+        )
+        raise
+
+
+def _training_step(network: Any, x: Tensor, y: Tensor) -> Any:
+    """Return what a network's training_step returns of a batch, without a trainer, in eval mode."""
     with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(), evaluating(network):
         warnings.filterwarnings("ignore", message=".*self.trainer. reference is not registered")
-        try:
-            network.training_step((x, y), 0)
-        except Exception as error:
-            if "is not attached to a `Trainer`" in str(error):
-                return  # what it does with one is seen when it has one
-            error.add_note(
-                f"network: this is its training_step with x {tuple(x.shape)} {x.dtype} and y {tuple(y.shape)} {y.dtype}; "
-                "batches have 1 example or more; classes must be ints, other labels floats of the shape of the outputs"
-            )
-            raise
+        return network.training_step((x, y), 0)
 
 
 def first_weight(network: LightningModule, x: Tensor, y: Tensor) -> tuple[str, bool]:
@@ -182,12 +187,9 @@ def first_weight(network: LightningModule, x: Tensor, y: Tensor) -> tuple[str, b
     compacted = compact(network, x, batch_sizes=())
     if compacted.features is None:
         return first[0], False
-    smaller: Any = compacted.module
-    with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(), evaluating(network), evaluating(smaller):
-        warnings.filterwarnings("ignore", message=".*self.trainer. reference is not registered")
-        try:
-            losses = [it.training_step((own, y), 0) for it, own in ((network, x), (smaller, x[:, compacted.features]))]
-        except Exception:  # it needs all of its features, or a trainer, which it does not have yet: nothing is dropped
-            return first[0], False
+    try:
+        losses = [_training_step(network, x, y), _training_step(compacted.module, x[:, compacted.features], y)]
+    except Exception:  # it needs all of its features, or a trainer, which it does not have yet: nothing is dropped
+        return first[0], False
     whole, less = (torch.as_tensor(loss["loss"] if isinstance(loss, Mapping) else loss) for loss in losses)
     return first[0], torch.allclose(whole, less, rtol=1e-5, atol=1e-8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,24 @@ from lightning_cpna.targets import Axes, ListedAxes
 from lightning_cpna.topology import n_connections
 
 INDICES = ("crow_indices", "col_indices")  # the buffers that say which connections there are
+
+
+class Exchange(NamedTuple):
+    """Which connections go, and which come in the place of as many.
+
+    Attributes:
+        dying: Which go, as ascending places in ``weight``, int64 ``(n,)``.
+        staying: Which stay, as ascending places in ``weight``, int64.
+        cells: Which come, ascending, int64 ``(n,)``; none of them stays anyway.
+        places: Where in ``weight`` these will be, ascending, int64 ``(n,)``.
+        values: Their values, ``(n,)``.
+    """
+
+    dying: Tensor
+    staying: Tensor
+    cells: Tensor
+    places: Tensor
+    values: Tensor
 
 
 class SparseLinear(nn.Module):
@@ -358,43 +376,19 @@ class SparseLinear(nn.Module):
         if len(dying) and not (int(dying[0]) >= 0 and int(dying[-1]) < n and _is_ascending(dying)):
             raise ValueError(f"dying is {dying}; allowed are places from 0 to {n - 1}, ascending")
         staying = others(n, dying)
-        self.exchange_(dying, staying, cells, self._places(staying, cells), values, optimizers)
+        self.exchange_(Exchange(dying, staying, cells, self._places(staying, cells), values), optimizers)
 
     @torch.no_grad()
-    def exchange_(
-        self,
-        dying: Tensor,
-        staying: Tensor,
-        cells: Tensor,
-        places: Tensor,
-        values: Tensor,
-        optimizers: Iterable[Optimizer] = (),
-    ) -> None:
-        """Do what ``rewire_`` does where it is known, and not checked, that all is right.
+    def exchange_(self, exchange: Exchange, optimizers: Iterable[Optimizer] = ()) -> None:
+        """Do what ``rewire_`` does where it is known, and not checked, that all is right."""
+        self._set_indices(*self._merge(exchange, optimizers))
 
-        Args:
-            dying: See ``rewire_``.
-            staying: Which stay, as ascending places in ``weight``, int64.
-            cells: See ``rewire_``.
-            places: Where in ``weight`` the connections that come will be, ascending, int64 ``(n,)``.
-            values: See ``rewire_``.
-            optimizers: See ``rewire_``.
-        """
-        self._set_indices(*self._merge(dying, staying, cells, places, values, optimizers))
-
-    def _merge(
-        self,
-        dying: Tensor,
-        staying: Tensor,
-        cells: Tensor,
-        places: Tensor,
-        values: Tensor,
-        optimizers: Iterable[Optimizer],
-    ) -> tuple[Tensor, Tensor]:
+    def _merge(self, exchange: Exchange, optimizers: Iterable[Optimizer]) -> tuple[Tensor, Tensor]:
         """Put values and moments where they will be; return ``crow_indices`` and ``col_indices``.
 
         What it lists meanwhile is freed when it returns.
         """
+        dying, staying, cells, places, values = exchange
         places_of_staying = others(len(self.weight), places)
 
         def merged(old: Tensor, born: Tensor) -> Tensor:

@@ -558,16 +558,18 @@ class Sparsity:
             if graph[name].lost or graph[name].is_output or not graph.fed_by(name):
                 continue
             dead = ~may_feed(self.masks, graph, self.targets, name)  # (member, unit)
+            if members is not None:
+                dead &= torch.tensor(members, device=dead.device)[:, None]
             if not bool(dead.any()):
                 continue
             self.add_mask(name)
-            may = dead.new_ones(len(dead)) if members is None else torch.tensor(members, device=dead.device)
+            if not bool((self._spread(name, dead, "unit") & self.masks[name].live).any()):
+                continue
             for budget in self.budgets:
                 if name in budget.names:
                     left = torch.tensor(self.counts(budget, (name, dead)), device=dead.device)
-                    may = may & (left >= budget.n_end)
-            dead &= may[:, None]
-            if bool((self._spread(name, dead, "unit") & self.masks[name].live).any()):
+                    dead &= (left >= budget.n_end)[:, None]
+            if bool(dead.any()):
                 self._close_(name, dead, "unit", optimizers)
 
     def mask_gradients_(self) -> None:

@@ -487,11 +487,7 @@ def test_a_network_with_another_number_in_a_buffer_is_another_search(
 
 
 def test_another_trainer_in_the_same_folder_is_another_search(tmp_path: Path) -> None:
-    trainers: list[dict[str, Any]] = [
-        {},
-        {"precision": "bf16-mixed"},
-        {"accumulate_grad_batches": 2},
-    ]
+    trainers: list[dict[str, Any]] = [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}]
     for n, options in enumerate(trainers):
         search(*xor(), restarts=ONCE, trainer=partial(TRAINER, **options), folder=tmp_path)
         assert len(list(tmp_path.glob("*.json"))) == n + 1
